@@ -1,0 +1,107 @@
+// Python bindings: data pointers and sizes in, nothing of torch. Every function releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "problem.h"
+
+namespace py = pybind11;
+using namespace resnext_kernels;
+using cpu::Affine;
+using cpu::ReluBNGradient;
+using Pointer = uintptr_t;  // tensor.data_ptr(), 0 = absent
+
+namespace {
+
+const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
+void* out(Pointer p) { return reinterpret_cast<void*>(p); }
+const float* vec(Pointer p) { return reinterpret_cast<const float*>(p); }
+float* out_vec(Pointer p) { return reinterpret_cast<float*>(p); }
+Affine affine(Pointer scale, Pointer shift) { return {vec(scale), vec(shift)}; }
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (auto table = cpu::supported_kernels(); *table != nullptr; ++table) names.emplace_back((*table)->isa);
+  return names;
+}
+
+void set_cpu_isa(const std::string& name) {
+  if (cpu::select_kernels(name.c_str()) != nullptr) return;
+  std::string allowed;
+  for (const auto& isa : cpu_isas()) allowed += (allowed.empty() ? "'" : ", '") + isa + "'";
+  throw py::value_error("isa: got '" + name + "', this machine can run " + allowed);
+}
+
+void conv_affine_relu(const ConvProblem& problem, Pointer x, Pointer weight, Pointer scale, Pointer shift,
+                      Pointer residual, Pointer in_scale, Pointer in_shift, Pointer y, int num_threads) {
+  cpu::kernels().conv_affine_relu(problem, in(x), in(weight), affine(scale, shift), in(residual),
+                                  affine(in_scale, in_shift), out(y), num_threads);
+}
+
+void conv_stats(const ConvProblem& problem, Pointer x, Pointer weight, Pointer in_scale, Pointer in_shift, Pointer z,
+                Pointer mean, Pointer var, int num_threads) {
+  cpu::kernels().conv_stats(problem, in(x), in(weight), affine(in_scale, in_shift), out(z), out_vec(mean), out_vec(var),
+                            num_threads);
+}
+
+void conv_backward(const ConvProblem& problem, Pointer dy, Pointer z, Pointer scale, Pointer shift, Pointer y,
+                   Pointer a, Pointer b, Pointer c, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
+                   Pointer dx, Pointer dweight, int num_threads) {
+  const ReluBNGradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
+  cpu::kernels().conv_backward(problem, gradient, in(x), affine(in_scale, in_shift), in(weight), out(dx), out(dweight),
+                               num_threads);
+}
+
+void batch_stats(int dtype, int64_t M, int64_t C, Pointer z, Pointer mean, Pointer var, int num_threads) {
+  cpu::kernels().batch_stats(static_cast<DType>(dtype), M, C, in(z), out_vec(mean), out_vec(var), num_threads);
+}
+
+void normalize_relu(int dtype, int64_t M, int64_t C, Pointer z, Pointer scale, Pointer shift, Pointer residual,
+                    Pointer res_scale, Pointer res_shift, Pointer y, int num_threads) {
+  cpu::kernels().normalize_relu(static_cast<DType>(dtype), M, C, in(z), affine(scale, shift), in(residual),
+                                affine(res_scale, res_shift), out(y), num_threads);
+}
+
+void bn_relu_backward(int dtype, int64_t M, int64_t C, Pointer dy, Pointer z, Pointer scale, Pointer shift, Pointer y,
+                      Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat, int num_threads) {
+  const ReluBNGradient gradient{in(dy), in(z), affine(scale, shift), in(y)};
+  cpu::kernels().bn_relu_backward(static_cast<DType>(dtype), M, C, gradient, vec(mean), vec(rstd), out_vec(sum_g),
+                                  out_vec(sum_g_xhat), num_threads);
+}
+
+void bn_relu_input_gradient(int dtype, int64_t M, int64_t C, Pointer dy, Pointer z, Pointer scale, Pointer shift,
+                            Pointer y, Pointer a, Pointer b, Pointer c, Pointer dz, int num_threads) {
+  const ReluBNGradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
+  cpu::kernels().bn_relu_input_gradient(static_cast<DType>(dtype), M, C, gradient, out(dz), num_threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of resnext_kernels; pointers are integers from data_ptr(), 0 means absent.";
+
+  py::class_<ConvProblem>(m, "ConvProblem")
+      .def(py::init([](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t groups, int64_t stride,
+                       int64_t dilation, int dtype) {
+             return ConvProblem{N, H, W, C, K, groups, stride, dilation, static_cast<DType>(dtype)};
+           }),
+           py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"), py::arg("groups"), py::arg("stride"),
+           py::arg("dilation"), py::arg("dtype"));
+
+  m.def("cpu_isas", &cpu_isas, "Instruction sets this machine can run, best first.");
+  m.def(
+      "cpu_isa", [] { return std::string(cpu::kernels().isa); }, "The instruction set in use.");
+  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Chooses the instruction set; ValueError names the allowed.");
+
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("conv_affine_relu", &conv_affine_relu, nogil);
+  m.def("conv_stats", &conv_stats, nogil);
+  m.def("conv_backward", &conv_backward, nogil);
+  m.def("batch_stats", &batch_stats, nogil);
+  m.def("normalize_relu", &normalize_relu, nogil);
+  m.def("bn_relu_backward", &bn_relu_backward, nogil);
+  m.def("bn_relu_input_gradient", &bn_relu_input_gradient, nogil);
+}

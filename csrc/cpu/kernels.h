@@ -1,0 +1,83 @@
+// Interface of the CPU kernels: one table of functions per instruction set.
+//
+// Tensors are dense NHWC, the weight is OIHW, per-channel vectors are float32. `dtype` is the storage type of
+// tensors and weight; arithmetic is float32. A null pointer means "absent".
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace resnext_kernels::cpu {
+
+// v -> scale * v + shift per channel; absent when scale is null.
+struct Affine {
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+};
+
+// The gradient behind BatchNorm + ReLU, formed as dy is loaded:
+//   g = dy where the ReLU passed, else 0;   dz = a * g + b * z + c
+// The mask is !(y <= 0) when y is given, else !(scale * z + shift <= 0). With z null, dz = dy; with b and c null
+// (frozen statistics), dz = a * g.
+struct ReluBNGradient {
+  const void* dy = nullptr;
+  const void* z = nullptr;
+  Affine affine;
+  const void* y = nullptr;
+  const float* a = nullptr;
+  const float* b = nullptr;
+  const float* c = nullptr;
+};
+
+struct Kernels {
+  const char* isa;
+  bool (*supported)();
+
+  // y = relu(scale * conv(a) + shift [+ residual]),  a = x or relu(prologue(x))
+  void (*conv_affine_relu)(const ConvProblem&, const void* x, const void* weight, Affine affine, const void* residual,
+                           Affine prologue, void* y, int num_threads);
+
+  // z = conv(a); biased mean and variance of z per channel unless mean is null
+  void (*conv_stats)(const ConvProblem&, const void* x, const void* weight, Affine prologue, void* z, float* mean,
+                     float* var, int num_threads);
+
+  // dx (with respect to a) unless null, dweight unless null
+  void (*conv_backward)(const ConvProblem&, const ReluBNGradient& gradient, const void* x, Affine prologue,
+                        const void* weight, void* dx, void* dweight, int num_threads);
+
+  // The rest works on z as an (M, C) matrix.
+  void (*batch_stats)(DType, int64_t M, int64_t C, const void* z, float* mean, float* var, int num_threads);
+
+  // y = relu(scale * z + shift [+ residual_affine(residual)])
+  void (*normalize_relu)(DType, int64_t M, int64_t C, const void* z, Affine affine, const void* residual,
+                         Affine residual_affine, void* y, int num_threads);
+
+  // sum_g = sum of g, sum_g_xhat = sum of g * (z - mean) * rstd
+  void (*bn_relu_backward)(DType, int64_t M, int64_t C, const ReluBNGradient& gradient, const float* mean,
+                           const float* rstd, float* sum_g, float* sum_g_xhat, int num_threads);
+
+  // dz = a * g + b * z + c; dz may be dy
+  void (*bn_relu_input_gradient)(DType, int64_t M, int64_t C, const ReluBNGradient& gradient, void* dz,
+                                 int num_threads);
+};
+
+const Kernels& kernels_avx512();
+const Kernels& kernels_avx2();
+const Kernels& kernels_neon();
+const Kernels& kernels_baseline();
+
+// The tables that were compiled and that this machine can run, best first; ends with a null pointer.
+const Kernels* const* supported_kernels();
+
+// The table in use; null from select_kernels when the name is not among the supported.
+const Kernels& kernels();
+const Kernels* select_kernels(const char* isa);
+
+// Scratch memory of the calling thread, 64-byte aligned, kept between calls and grown on demand. Two slots, so
+// that the thread that starts a parallel region can hold one across it. Throws std::bad_alloc.
+enum class Slot { call, item };
+float* workspace(Slot slot, size_t floats);
+
+}  // namespace resnext_kernels::cpu

@@ -1,0 +1,247 @@
+// BatchNorm and ReLU on z seen as an (M, C) matrix, one row per pixel: statistics, normalisation, backward.
+//
+//   y  = relu(scale * z + shift [+ residual])
+//   g  = dy where the ReLU passed, else 0          xhat = (z - mean) * rstd
+//   dbeta = sum g      dgamma = sum g * xhat       dz = a * g + b * z + c
+//
+// A thread takes a band of rows. Sums run over at most kRowsPerSum rows in float32 and are then added in double, so
+// they depend on the number of threads but on nothing else. (Ioffe & Szegedy, 2015; Chan et al., 1979 for the merge.)
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace resnext_kernels::cpu::RK_ISA {
+
+// ---- a vector of channels, whole or the last few
+struct AllLanes {};
+struct FirstLanes {
+  int n;
+};
+template <class T>
+RK_INLINE Vec load(const T* p, AllLanes) {
+  return load(p);
+}
+template <class T>
+RK_INLINE Vec load(const T* p, FirstLanes lanes) {
+  return load_partial(p, lanes.n);
+}
+template <class T>
+RK_INLINE void store(T* p, Vec v, AllLanes) {
+  store(p, v);
+}
+template <class T>
+RK_INLINE void store(T* p, Vec v, FirstLanes lanes) {
+  store_partial(p, v, lanes.n);
+}
+
+// f(channel, lanes) for every vector of the C channels.
+template <class F>
+RK_INLINE void for_channels(int64_t C, F&& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= C; c += kLanes) f(c, AllLanes{});
+  if (c < C) f(c, FirstLanes{(int)(C - c)});
+}
+
+template <class I>
+RK_INLINE Vec apply(Affine affine, int64_t c, Vec v, I lanes) {
+  return v * load(affine.scale + c, lanes) + load(affine.shift + c, lanes);
+}
+
+// g at one vector of channels; `at` is the element's offset, `c` its channel.
+template <class T, bool kMaskFromY, class I>
+RK_INLINE Vec masked_gradient(const ReluBNGradient& gradient, int64_t at, int64_t c, Vec z, I lanes) {
+  const Vec dy = load((const T*)gradient.dy + at, lanes);
+  if (kMaskFromY) return where_positive(load((const T*)gradient.y + at, lanes), dy);
+  return where_positive(apply(gradient.affine, c, z, lanes), dy);
+}
+
+template <class T, bool kMaskFromY, class I>
+RK_INLINE Vec input_gradient(const ReluBNGradient& gradient, int64_t at, int64_t c, I lanes) {
+  const Vec z = load((const T*)gradient.z + at, lanes);
+  const Vec g = masked_gradient<T, kMaskFromY>(gradient, at, c, z, lanes);
+  if (!gradient.b) return load(gradient.a + c, lanes) * g;
+  return load(gradient.a + c, lanes) * g + (load(gradient.b + c, lanes) * z + load(gradient.c + c, lanes));
+}
+
+// ---- bands of rows
+constexpr int64_t kRowsPerSum = 256;
+
+struct RowBands {
+  int64_t M, bands;
+  RowBands(int64_t M, int num_threads) : M(M), bands(M < 2 * num_threads ? M : 2 * num_threads) {}
+  int64_t begin(int64_t band) const { return band * M / bands; }
+};
+
+template <class F>
+void for_bands(RowBands rows, int num_threads, F f) {
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) if (rows.bands > 1 && num_threads > 1)
+  for (int64_t band = 0; band < rows.bands; ++band) f(band, rows.begin(band), rows.begin(band + 1));
+}
+
+// f(row, count) with a constant count.rows of 4, then 1: sums of four rows are kept in registers.
+template <int N>
+struct Rows {
+  static constexpr int rows = N;
+};
+template <class F>
+RK_INLINE void for_rows(int64_t begin, int64_t end, F&& f) {
+  for (; begin + 4 <= end; begin += 4) f(begin, Rows<4>{});
+  for (; begin < end; ++begin) f(begin, Rows<1>{});
+}
+
+// Merges `parts` triples (count, mean, m2 = sum of squared deviations) per channel into mean and biased variance.
+inline void merge_statistics(int64_t parts, int64_t C, const double* counts, const double* means, const double* m2s,
+                             float* mean, float* var) {
+  for (int64_t c = 0; c < C; ++c) {
+    double n = 0, mu = 0, m2 = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      const double count = counts[part], delta = means[part * C + c] - mu;
+      if (count == 0) continue;
+      n += count;
+      mu += delta * (count / n);
+      m2 += m2s[part * C + c] + delta * delta * (count * (n - count) / n);
+    }
+    mean[c] = (float)mu;
+    var[c] = (float)(m2 / n);
+  }
+}
+
+// ---- statistics of z
+// Mean and squared deviations of a few rows at a time in registers, merged by Chan's update: in float32 over a block of
+// rows, relative to the mean of its first few, then in double.
+template <class T>
+void batch_stats(int64_t M, int64_t C, const void* z_, float* mean, float* var, int num_threads) {
+  const T* z = (const T*)z_;
+  const RowBands rows(M, num_threads);
+  double* means = (double*)workspace(Slot::call, (size_t)(2 * (2 * rows.bands * C + rows.bands)));
+  double* m2s = means + rows.bands * C;
+  double* counts = m2s + rows.bands * C;
+
+  for_bands(rows, num_threads, [&](int64_t band, int64_t begin, int64_t end) {
+    double* band_mean = means + band * C;
+    double* band_m2 = m2s + band * C;
+    float* origin = workspace(Slot::item, (size_t)(3 * (C + kLanes)));
+    float* block_mean = origin + C + kLanes;
+    float* block_m2 = block_mean + C + kLanes;
+    for (int64_t c = 0; c < C; ++c) band_mean[c] = band_m2[c] = 0;
+    for (int64_t block = begin; block < end; block += kRowsPerSum) {
+      const int64_t stop = block + kRowsPerSum < end ? block + kRowsPerSum : end;
+      for_rows(block, stop, [&](int64_t row, auto n) {
+        const float before = (float)(row - block), share = n.rows / (before + n.rows);
+        for_channels(C, [&](int64_t c, auto lanes) {
+          Vec v[n.rows], sum{}, m2{};
+#pragma GCC unroll 4
+          for (int r = 0; r < n.rows; ++r) v[r] = load(z + (row + r) * C + c, lanes);
+          if (row == block) {
+            for (int r = 0; r < n.rows; ++r) sum += v[r];
+            store(origin + c, sum * broadcast(1.0f / n.rows));
+            store(block_mean + c, Vec{});
+            store(block_m2 + c, Vec{});
+            sum = Vec{};
+          }
+          const Vec zero = load(origin + c), so_far = load(block_mean + c);
+#pragma GCC unroll 4
+          for (int r = 0; r < n.rows; ++r) sum += v[r] -= zero;
+          const Vec rows_mean = sum * broadcast(1.0f / n.rows), delta = rows_mean - so_far;
+#pragma GCC unroll 4
+          for (int r = 0; r < n.rows; ++r) m2 += (v[r] - rows_mean) * (v[r] - rows_mean);
+          store(block_mean + c, so_far + delta * broadcast(share));
+          store(block_m2 + c, load(block_m2 + c) + (m2 + delta * delta * broadcast(share * before)));
+        });
+      });
+      const double before = (double)(block - begin), share = (double)(stop - block) / (double)(stop - begin);
+      for (int64_t c = 0; c < C; ++c) {
+        const double delta = (double)origin[c] + block_mean[c] - band_mean[c];
+        band_mean[c] += delta * share;
+        band_m2[c] += block_m2[c] + delta * delta * (share * before);
+      }
+    }
+    counts[band] = (double)(end - begin);
+  });
+  merge_statistics(rows.bands, C, counts, means, m2s, mean, var);
+}
+
+// ---- y = relu(scale * z + shift [+ residual_affine(residual)])
+template <class T>
+void normalize_relu(int64_t M, int64_t C, const void* z_, Affine affine, const void* residual_, Affine residual_affine,
+                    void* y_, int num_threads) {
+  const T* z = (const T*)z_;
+  const T* residual = (const T*)residual_;
+  T* y = (T*)y_;
+  for_bands(RowBands(M, num_threads), num_threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for_channels(C, [&](int64_t c, auto lanes) {
+        const int64_t at = row * C + c;
+        Vec v = apply(affine, c, load(z + at, lanes), lanes);
+        if (residual) {
+          const Vec r = load(residual + at, lanes);
+          v += residual_affine.scale ? apply(residual_affine, c, r, lanes) : r;
+        }
+        store(y + at, relu(v), lanes);
+      });
+    }
+  });
+}
+
+// ---- sum_g, sum_g_xhat
+template <class T, bool kMaskFromY>
+void bn_relu_backward(int64_t M, int64_t C, const ReluBNGradient& gradient, const float* mean, const float* rstd,
+                      float* sum_g, float* sum_g_xhat, int num_threads) {
+  const T* z = (const T*)gradient.z;
+  const RowBands rows(M, num_threads);
+  double* sums = (double*)workspace(Slot::call, 2 * 2 * rows.bands * C);
+
+  for_bands(rows, num_threads, [&](int64_t band, int64_t begin, int64_t end) {
+    double* sum = sums + 2 * band * C;
+    float* partial = workspace(Slot::item, 2 * (C + kLanes));
+    float* partial_centred = partial + C + kLanes;
+    for (int64_t c = 0; c < 2 * C; ++c) sum[c] = 0;
+    for (int64_t block = begin; block < end; block += kRowsPerSum) {
+      const int64_t stop = block + kRowsPerSum < end ? block + kRowsPerSum : end;
+      for (int64_t c = 0; c < C + kLanes; ++c) partial[c] = partial_centred[c] = 0;
+      for_rows(block, stop, [&](int64_t row, auto n) {
+        for_channels(C, [&](int64_t c, auto lanes) {
+          Vec s = load(partial + c), s_centred = load(partial_centred + c);
+          const Vec mu = load(mean + c, lanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < n.rows; ++r) {
+            const int64_t at = (row + r) * C + c;
+            const Vec v = load(z + at, lanes);
+            const Vec g = masked_gradient<T, kMaskFromY>(gradient, at, c, v, lanes);
+            s += g;
+            s_centred += g * (v - mu);
+          }
+          store(partial + c, s);
+          store(partial_centred + c, s_centred);
+        });
+      });
+      for (int64_t c = 0; c < C; ++c) sum[c] += partial[c], sum[C + c] += partial_centred[c];
+    }
+  });
+
+  for (int64_t c = 0; c < C; ++c) {
+    double g = 0, g_centred = 0;
+    for (int64_t band = 0; band < rows.bands; ++band) {
+      g += sums[2 * band * C + c];
+      g_centred += sums[(2 * band + 1) * C + c];
+    }
+    sum_g[c] = (float)g;
+    sum_g_xhat[c] = (float)(g_centred * rstd[c]);
+  }
+}
+
+// ---- dz = a * g + b * z + c
+template <class T, bool kMaskFromY>
+void bn_relu_input_gradient(int64_t M, int64_t C, const ReluBNGradient& gradient, void* dz, int num_threads) {
+  for_bands(RowBands(M, num_threads), num_threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for_channels(C, [&](int64_t c, auto lanes) {
+        const int64_t at = row * C + c;
+        store((T*)dz + at, input_gradient<T, kMaskFromY>(gradient, at, c, lanes), lanes);
+      });
+    }
+  });
+}
+
+}  // namespace resnext_kernels::cpu::RK_ISA

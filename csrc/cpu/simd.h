@@ -1,0 +1,207 @@
+// One vector type, as wide as the instruction set, on the compilers' vector extensions (GCC, Clang). Arithmetic is
+// written with operators; a * b + c contracts to one FMA. Only what the operators lack is spelled per instruction
+// set. Included once per instruction set, so everything lives in a namespace named after it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header, in _mm512_undefined_ps
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace resnext_kernels::cpu::RK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HVec __attribute__((vector_size(2 * kLanes)));
+
+#define RK_INLINE inline __attribute__((always_inline))
+#define RK_INLINE_LAMBDA __attribute__((always_inline))
+
+// ---- storage types: 16-bit floats are opaque bits, converted as they are loaded and stored
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+RK_INLINE Vec broadcast(float value) { return value - Vec{}; }
+
+RK_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+RK_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+RK_INLINE HVec load_bits(const void* p) {
+  HVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+RK_INLINE void store_bits(void* p, HVec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// bfloat16 is the upper half of a float32; stores round to nearest even and keep NaN a NaN.
+RK_INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(load_bits(p), UVec) << 16); }
+RK_INLINE HVec round_bf16(Vec v) {
+  const UVec bits = (UVec)v;
+  const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UVec nan = (UVec)(v != v);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), HVec);
+}
+RK_INLINE void store(bf16* p, Vec v) { store_bits(p, round_bf16(v)); }
+
+#if defined(__AVX512F__)
+RK_INLINE Vec load(const f16* p) { return (Vec)_mm512_cvtph_ps((__m256i)load_bits(p)); }
+RK_INLINE void store(f16* p, Vec v) {
+  store_bits(p, (HVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+RK_INLINE Vec load(const f16* p) { return (Vec)_mm256_cvtph_ps((__m128i)load_bits(p)); }
+RK_INLINE void store(f16* p, Vec v) {
+  store_bits(p, (HVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+RK_INLINE Vec load(const f16* p) { return (Vec)vcvt_f32_f16((float16x4_t)load_bits(p)); }
+RK_INLINE void store(f16* p, Vec v) { store_bits(p, (HVec)vcvt_f16_f32((float32x4_t)v)); }
+#else
+// Without conversion instructions: scale by a power of two in float32, which gets subnormals right as well.
+RK_INLINE Vec load(const f16* p) {
+  const UVec h = __builtin_convertvector(load_bits(p), UVec);
+  const UVec magnitude = (h & 0x7fff) << 13;
+  const Vec scaled = (Vec)magnitude * 0x1p112f;                          // rebias the exponent: 2^(127 - 15)
+  const UVec special = (UVec)(magnitude >= (UVec{} + (0x7c00u << 13)));  // Inf and NaN
+  const UVec bits = (special & (magnitude | 0x7f800000)) | (~special & (UVec)scaled);
+  return (Vec)(bits | ((h & 0x8000) << 16));
+}
+RK_INLINE void store(f16* p, Vec v) {
+  uint16_t bits[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t u;
+    const float value = v[i];
+    __builtin_memcpy(&u, &value, 4);
+    const uint32_t sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+    uint32_t h;
+    if (magnitude > 0x7f800000) {
+      h = 0x7e00;  // NaN
+    } else if (magnitude >= 0x477ff000) {
+      h = 0x7c00;                         // 65520 and above round to Inf
+    } else if (magnitude < 0x38800000) {  // subnormal in float16: the addition rounds to a multiple of 2^-24
+      float m;
+      __builtin_memcpy(&m, &magnitude, 4);
+      m += 0.5f;
+      __builtin_memcpy(&h, &m, 4);
+      h -= 0x3f000000;
+    } else {
+      h = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    }
+    bits[i] = (uint16_t)(sign | h);
+  }
+  __builtin_memcpy(p, bits, sizeof bits);
+}
+#endif
+
+// ---- the first n lanes only (0 < n < kLanes); the other lanes load as zero
+template <class T>
+RK_INLINE Vec load_partial(const T* p, int n) {
+  T padded[kLanes] = {};
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+template <class T>
+RK_INLINE void store_partial(T* p, Vec v, int n) {
+  T padded[kLanes];
+  store(padded, v);
+  for (int i = 0; i < n; ++i) p[i] = padded[i];
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+RK_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+RK_INLINE Vec load_partial(const float* p, int n) { return (Vec)_mm256_maskload_ps(p, first_lanes(n)); }
+RK_INLINE void store_partial(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
+#elif defined(__AVX512F__)
+RK_INLINE Vec load_partial(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+RK_INLINE void store_partial(float* p, Vec v, int n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+#endif
+
+// ---- lanes chosen by index
+RK_INLINE Vec permute(Vec v, IVec index) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+#else
+  Vec result;
+  for (int i = 0; i < kLanes; ++i) result[i] = v[index[i] & (kLanes - 1)];
+  return result;
+#endif
+}
+// Lane i of every 128-bit quarter in all four lanes of that quarter.
+RK_INLINE Vec spread_quads(Vec v, int i) {
+#if defined(__AVX512F__)
+#define RK_SPREAD(i) (Vec) _mm512_permute_ps((__m512)v, (i)*0x55)
+  return i == 0 ? RK_SPREAD(0) : i == 1 ? RK_SPREAD(1) : i == 2 ? RK_SPREAD(2) : RK_SPREAD(3);
+#undef RK_SPREAD
+#elif defined(__AVX2__)
+#define RK_SPREAD(i) (Vec) _mm256_permute_ps((__m256)v, (i)*0x55)
+  return i == 0 ? RK_SPREAD(0) : i == 1 ? RK_SPREAD(1) : i == 2 ? RK_SPREAD(2) : RK_SPREAD(3);
+#undef RK_SPREAD
+#else
+  return broadcast(v[i]);
+#endif
+}
+
+// ---- rows[i][j] <- rows[j][i], by exchanging the off-diagonal halves of ever larger squares
+template <int S, size_t... L>
+RK_INLINE void exchange(Vec& upper, Vec& lower, std::index_sequence<L...>) {
+  const Vec a = upper, b = lower;
+#if defined(__clang__)
+  upper = __builtin_shufflevector(a, b, (L & S ? kLanes + L - S : L)...);
+  lower = __builtin_shufflevector(a, b, (L & S ? kLanes + L : L + S)...);
+#else
+  upper = __builtin_shuffle(a, b, IVec{(int)(L & S ? kLanes + L - S : L)...});
+  lower = __builtin_shuffle(a, b, IVec{(int)(L & S ? kLanes + L : L + S)...});
+#endif
+}
+template <int S = 1>
+RK_INLINE void transpose(Vec* rows) {
+  if constexpr (S < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<kLanes>());
+    transpose<2 * S>(rows);
+  }
+}
+
+// Written so that NaN passes: relu(NaN) = NaN, and the mask of a NaN is true.
+RK_INLINE Vec relu(Vec v) { return (Vec)((IVec)v & ~(IVec)(v < Vec{})); }
+RK_INLINE Vec where_positive(Vec pre, Vec v) { return (Vec)((IVec)v & ~(IVec)(pre <= Vec{})); }
+
+}  // namespace resnext_kernels::cpu::RK_ISA
