@@ -1,0 +1,116 @@
+# ruff: noqa: N999
+"""The compiled kernels: pointers are integers from data_ptr(), 0 means absent.
+
+dtype codes: 0 float32, 1 bfloat16, 2 float16. Vectors are float32. Every function releases the GIL.
+"""
+
+class ConvProblem:
+    def __init__(
+        self,
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        K: int,
+        groups: int,
+        stride: int,
+        dilation: int,
+        dtype: int,
+    ) -> None: ...
+
+def cpu_isas() -> list[str]: ...
+def cpu_isa() -> str: ...
+def set_cpu_isa(name: str) -> None: ...
+def conv_affine_relu(
+    problem: ConvProblem,
+    x: int,
+    weight: int,
+    scale: int,
+    shift: int,
+    residual: int,
+    in_scale: int,
+    in_shift: int,
+    y: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def conv_stats(
+    problem: ConvProblem,
+    x: int,
+    weight: int,
+    in_scale: int,
+    in_shift: int,
+    z: int,
+    mean: int,
+    var: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def batch_stats(
+    dtype: int, M: int, C: int, z: int, mean: int, var: int, num_threads: int, /
+) -> None: ...
+def normalize_relu(
+    dtype: int,
+    M: int,
+    C: int,
+    z: int,
+    scale: int,
+    shift: int,
+    residual: int,
+    res_scale: int,
+    res_shift: int,
+    y: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def bn_relu_backward(
+    dtype: int,
+    M: int,
+    C: int,
+    dy: int,
+    z: int,
+    scale: int,
+    shift: int,
+    y: int,
+    mean: int,
+    rstd: int,
+    sum_g: int,
+    sum_g_xhat: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def bn_relu_input_gradient(
+    dtype: int,
+    M: int,
+    C: int,
+    dy: int,
+    z: int,
+    scale: int,
+    shift: int,
+    y: int,
+    a: int,
+    b: int,
+    c: int,
+    dz: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def conv_backward(
+    problem: ConvProblem,
+    dy: int,
+    z: int,
+    scale: int,
+    shift: int,
+    y: int,
+    a: int,
+    b: int,
+    c: int,
+    x: int,
+    in_scale: int,
+    in_shift: int,
+    weight: int,
+    dx: int,
+    dweight: int,
+    num_threads: int,
+    /,
+) -> None: ...

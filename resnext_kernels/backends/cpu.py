@@ -1,0 +1,340 @@
+"""The compiled CPU kernels (csrc/cpu), behind the contract of `reference`.
+
+One group (a dense convolution) is what torch's own convolution, oneDNN, is made for: it is used for
+groups == 1, with BatchNorm and ReLU around it from the compiled kernels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..problem import ConvProblem
+
+try:
+    from .. import _C
+except ImportError as error:
+    _MISSING: str | None = f"the compiled library resnext_kernels._C is missing ({error})"
+else:
+    _MISSING = None
+
+NAME = "cpu"
+
+Affine = tuple[Tensor, Tensor]
+# z, scale, shift, a, b, c: see bn_relu_input_gradient
+BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def why_not(problem: ConvProblem) -> str | None:
+    """None where the compiled CPU kernels serve `problem`, else the reason."""
+    if _MISSING is not None:
+        return _MISSING
+    if problem.device_type != "cpu":
+        return f"tensors must be on the CPU, not on {problem.device_type!r}"
+    if problem.dtype not in _DTYPE_CODES:
+        return f"dtype must be float32, bfloat16 or float16, not {problem.dtype}"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    shape: tuple[int, int, int, int], k: int, groups: int, stride: int, dilation: int, dtype: int
+) -> _C.ConvProblem:
+    n, c, h, w = shape
+    return _C.ConvProblem(n, h, w, c, k, groups, stride, dilation, dtype)
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _ptrs(affine: Affine | None) -> tuple[int, int]:
+    return (0, 0) if affine is None else (affine[0].data_ptr(), affine[1].data_ptr())
+
+
+def _vector(z: Tensor, length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.float32, device=z.device)
+
+
+def _out(x: Tensor, k: int, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def _m_and_c(z: Tensor) -> tuple[int, int]:
+    n, c, h, w = z.shape
+    return n * h * w, c
+
+
+# groups == 1: oneDNN's convolution -----------------------------------------------------------
+
+
+def _dense_conv(
+    x: Tensor, weight: Tensor, prologue: Affine | None, stride: int, dilation: int
+) -> Tensor:
+    if prologue is not None:
+        x = normalize_relu(x, *prologue)
+    z = torch.conv2d(x, weight, None, stride, dilation, dilation)
+    return z.contiguous(memory_format=torch.channels_last)
+
+
+def _dense_conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    prologue: Affine | None,
+    stride: int,
+    dilation: int,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    if prologue is not None and need_dweight:
+        x = normalize_relu(x, *prologue)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy,
+        x,
+        weight,
+        None,
+        [stride, stride],
+        [dilation, dilation],
+        [dilation, dilation],
+        False,
+        [0, 0],
+        1,
+        [need_dx, need_dweight, False],
+    )
+    return (
+        dx.contiguous(memory_format=torch.channels_last) if need_dx else None,
+        dweight.contiguous() if need_dweight else None,
+    )
+
+
+# The contract --------------------------------------------------------------------------------
+
+
+def conv_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """y = relu(scale * conv(x) + shift [+ residual])."""
+    k = weight.shape[0]
+    if groups == 1:
+        z = _dense_conv(x, weight, prologue, stride, dilation)
+        _normalize_relu(z, scale, shift, residual, None, z)
+        return z
+    y = _out(x, k, stride)
+    _C.conv_affine_relu(
+        _problem(tuple(x.shape), k, groups, stride, dilation, _DTYPE_CODES[x.dtype]),
+        x.data_ptr(),
+        weight.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _ptr(residual),
+        *_ptrs(prologue),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv(x), and the mean and biased variance of its channels if `stats`."""
+    k = weight.shape[0]
+    if groups == 1:
+        z = _dense_conv(x, weight, prologue, stride, dilation)
+        return (z, *batch_stats(z)) if stats else (z, _vector(z, 0), _vector(z, 0))
+    z = _out(x, k, stride)
+    mean, var = _vector(z, k * stats), _vector(z, k * stats)
+    _C.conv_stats(
+        _problem(tuple(x.shape), k, groups, stride, dilation, _DTYPE_CODES[x.dtype]),
+        x.data_ptr(),
+        weight.data_ptr(),
+        *_ptrs(prologue),
+        z.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return z, mean, var
+
+
+def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over N, H and W."""
+    m, c = _m_and_c(z)
+    mean, var = _vector(z, c), _vector(z, c)
+    _C.batch_stats(
+        _DTYPE_CODES[z.dtype],
+        m,
+        c,
+        z.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return mean, var
+
+
+def _normalize_relu(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_affine: Affine | None,
+    y: Tensor,
+) -> None:
+    m, c = _m_and_c(z)
+    _C.normalize_relu(
+        _DTYPE_CODES[z.dtype],
+        m,
+        c,
+        z.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _ptr(residual),
+        *_ptrs(residual_affine),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def normalize_relu(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+) -> Tensor:
+    """y = relu(scale * z + shift [+ residual | + rs * residual + rh]), residual_affine=(rs, rh)."""
+    y = torch.empty(z.shape, dtype=z.dtype, memory_format=torch.channels_last)
+    _normalize_relu(z, scale, shift, residual, residual_affine, y)
+    return y
+
+
+def bn_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    m, c = _m_and_c(z)
+    sum_g, sum_g_xhat = _vector(z, c), _vector(z, c)
+    _C.bn_relu_backward(
+        _DTYPE_CODES[z.dtype],
+        m,
+        c,
+        dy.data_ptr(),
+        z.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _ptr(y),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        sum_g.data_ptr(),
+        sum_g_xhat.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sum_g, sum_g_xhat
+
+
+def bn_relu_input_gradient(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    *,
+    y: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """dz = a*g [+ b*z + c]; with inplace, in dy's memory."""
+    m, channels = _m_and_c(z)
+    dz = dy if inplace else torch.empty_like(z, memory_format=torch.channels_last)
+    _C.bn_relu_input_gradient(
+        _DTYPE_CODES[z.dtype],
+        m,
+        channels,
+        dy.data_ptr(),
+        z.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _ptr(y),
+        a.data_ptr(),
+        _ptr(b),
+        _ptr(c),
+        dz.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dz
+
+
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bn: BNGradient | None = None,
+    y: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the convolution's input and weight, None where not needed."""
+    if groups == 1:
+        dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
+        return _dense_conv_backward(
+            dz, x, weight, prologue, stride, dilation, need_dx, need_dweight
+        )
+    dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
+    dweight = torch.empty(weight.shape, dtype=weight.dtype) if need_dweight else None
+    z, scale, shift, a, b, c = bn or (None,) * 6
+    _C.conv_backward(
+        _problem(tuple(x.shape), weight.shape[0], groups, stride, dilation, _DTYPE_CODES[x.dtype]),
+        dy.data_ptr(),
+        _ptr(z),
+        _ptr(scale),
+        _ptr(shift),
+        _ptr(y),
+        _ptr(a),
+        _ptr(b),
+        _ptr(c),
+        x.data_ptr(),
+        *_ptrs(prologue),
+        weight.data_ptr(),
+        _ptr(dx),
+        _ptr(dweight),
+        torch.get_num_threads(),
+    )
+    return dx, dweight

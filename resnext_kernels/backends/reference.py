@@ -1,0 +1,194 @@
+"""The contract of every backend, in plain ATen: the executable specification.
+
+x, z, y, dy and the like are (N, C, H, W), dense in torch.channels_last; weight is (K, C/G, 3, 3),
+contiguous. Vectors (scale, shift, mean, ...) have one element a channel, in float32 (float64 for
+float64 tensors). `prologue=(in_scale, in_shift)`: the convolution reads
+relu(in_scale * x + in_shift) in place of x. M = N*H*W.
+
+Arithmetic on vectors and images is in the vectors' dtype; the convolution accumulates as ATen does.
+Any device, any floating-point dtype that torch's convolution has there, any batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import ConvProblem
+
+NAME = "reference"
+
+Affine = tuple[Tensor, Tensor]
+# z, scale, shift, a, b, c: see bn_relu_input_gradient
+BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def why_not(problem: ConvProblem) -> str | None:
+    """None: the reference serves every problem."""
+    return None
+
+
+def _per_channel(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x.to(scale.dtype) * _per_channel(scale) + _per_channel(shift)
+
+
+def _conv(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> Tensor:
+    return _nhwc(torch.conv2d(x, weight, None, stride, dilation, dilation, groups))
+
+
+def _activated(x: Tensor, prologue: Affine | None) -> Tensor:
+    return x if prologue is None else normalize_relu(x, *prologue)
+
+
+def conv_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """y = relu(scale * conv(x) + shift [+ residual])."""
+    z = _conv(_activated(x, prologue), weight, stride, groups, dilation)
+    return normalize_relu(z, scale, shift, residual=residual)
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv(x) and its `batch_stats`; two vectors of length 0 with stats=False."""
+    z = _conv(_activated(x, prologue), weight, stride, groups, dilation)
+    if stats:
+        return z, *batch_stats(z)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return z, z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
+
+
+def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over N, H and W; zeros for an empty batch."""
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    if z.numel() == 0:
+        return z.new_zeros(z.shape[1], dtype=dtype), z.new_zeros(z.shape[1], dtype=dtype)
+    var, mean = torch.var_mean(z.to(dtype), (0, 2, 3), correction=0)
+    return mean, var
+
+
+def normalize_relu(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+) -> Tensor:
+    """y = relu(scale * z + shift [+ residual | + rs * residual + rh]), residual_affine=(rs, rh)."""
+    y = _affine(z, scale, shift)
+    if residual is not None:
+        y = y + (residual if residual_affine is None else _affine(residual, *residual_affine))
+    return _nhwc(y.relu_().to(z.dtype))
+
+
+def _relu_gradient(dy: Tensor, z: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None) -> Tensor:
+    """g: dy where the ReLU passed, else 0; a NaN passes."""
+    before = _affine(z, scale, shift) if y is None else y
+    return torch.where(before <= 0, 0, dy.to(scale.dtype))
+
+
+def bn_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W: the gradients of beta and gamma.
+
+    g is dy where relu passed: where not scale*z + shift <= 0, or not y <= 0 if y is given.
+    """
+    g = _relu_gradient(dy, z, scale, shift, y)
+    xhat = (z.to(scale.dtype) - _per_channel(mean)) * _per_channel(rstd)
+    return g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
+
+
+def bn_relu_input_gradient(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    *,
+    y: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """dz = a*g [+ b*z + c], g as in `bn_relu_backward`; inplace allows to overwrite and return dy.
+
+    b and c are None with frozen statistics: they are zero, and infinite z does not matter then.
+    """
+    dz = _relu_gradient(dy, z, scale, shift, y) * _per_channel(a)
+    if b is not None and c is not None:
+        dz = dz + _affine(z, b, c)
+    return _nhwc(dz.to(dy.dtype))
+
+
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bn: BNGradient | None = None,
+    y: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the convolution's input and weight, None where not needed.
+
+    bn=(z, scale, shift, a, b, c): the gradient of the convolution's output is
+    `bn_relu_input_gradient(dy, z, scale, shift, a, b, c, y=y)`; bn=None: it is dy. With a prologue
+    the convolution's input is the activation that the prologue makes of x, and dx is its gradient.
+    """
+    dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dz,
+        _activated(x, prologue) if need_dweight else x,
+        weight,
+        None,
+        [stride, stride],
+        [dilation, dilation],
+        [dilation, dilation],
+        False,
+        [0, 0],
+        groups,
+        [need_dx, need_dweight, False],
+    )
+    return (
+        _nhwc(dx) if need_dx else None,
+        dweight.contiguous() if need_dweight else None,
+    )

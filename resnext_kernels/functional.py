@@ -1,0 +1,515 @@
+"""The fused operations as functions: validation, autocast, memory format, running statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+
+__all__ = [
+    "BatchNormState",
+    "bn_relu",
+    "bn_relu_max_pool",
+    "conv_bn_relu",
+    "grouped_conv_bn_relu",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class BatchNormState(NamedTuple):
+    """What one BatchNorm layer brings to a call.
+
+    Args:
+        gamma, beta: Scale and shift, (C,); None for 1 and 0.
+        running_mean, running_var: (C,). Used for normalisation unless `training`; with `training`
+            updated in place. None: not tracked.
+        training: Normalise with the statistics of the batch.
+        momentum: Weight of the batch in the running statistics; a number or a tensor of one.
+        eps: Added to the variance.
+        group: Name of the process group that shares the statistics; "" for none.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool = False
+    momentum: float | Tensor = 0.1
+    eps: float = 1e-5
+    group: str = ""
+
+
+# Validation ----------------------------------------------------------------------------------
+
+
+def _check_image(name: str, t: Tensor) -> None:
+    if t.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(t.shape)}")
+    if t.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"{name} must be of dtype {allowed}, got {t.dtype}")
+    if t.shape[1] == 0 or t.shape[2] == 0 or t.shape[3] == 0:
+        raise ValueError(f"{name} must have C, H and W of at least 1, got shape {tuple(t.shape)}")
+
+
+def _check_like(name: str, t: Tensor, shape: tuple[int, ...], other: str, like: Tensor) -> None:
+    """`t` has this shape, and the dtype and the device of the tensor `other`."""
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+    if t.dtype != like.dtype:
+        raise TypeError(f"{name} must be of {other}'s dtype {like.dtype}, got {t.dtype}")
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on {other}'s device {like.device}, got {t.device}")
+
+
+def _check_conv(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> None:
+    for name, value in (("stride", stride), ("groups", groups), ("dilation", dilation)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    channels = x.shape[1]
+    if channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
+    expected = (weight.shape[0] if weight.dim() else 0, channels // groups, 3, 3)
+    if tuple(weight.shape) != expected or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must have shape (K, {channels // groups}, 3, 3) for {channels} channels of x "
+            f"in {groups} groups, got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] % groups:
+        raise ValueError(
+            f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}"
+        )
+    _check_like("weight", weight, weight.shape, "x", x)
+
+
+def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: int) -> None:
+    """`bn` fits `channels` channels on z's device, and `count` values a channel if training."""
+    if not bn.eps >= 0:
+        raise ValueError(f"{name}eps must be at least 0, got {bn.eps}")
+    for field in ("gamma", "beta", "running_mean", "running_var"):
+        vector = getattr(bn, field)
+        if vector is None:
+            continue
+        if vector.dim() != 1 or vector.shape[0] != channels:
+            raise ValueError(
+                f"{name}{field} must have shape ({channels},), got {tuple(vector.shape)}"
+            )
+        if not vector.is_floating_point():
+            raise TypeError(f"{name}{field} must be of a floating-point dtype, got {vector.dtype}")
+        if vector.device != z.device:
+            raise ValueError(
+                f"{name}{field} must be on the images' device {z.device}, got {vector.device}"
+            )
+    if (bn.running_mean is None) != (bn.running_var is None):
+        raise ValueError(
+            f"{name}running_mean and {name}running_var must both be tensors or both be None"
+        )
+    if not bn.training:
+        if bn.running_mean is None:
+            raise ValueError(
+                f"{name}running_mean and {name}running_var must be tensors unless training, "
+                "got None"
+            )
+    elif count == 1 and not bn.group:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{(z.shape[0], channels, 1, 1)}"
+        )
+
+
+def _backend(name: str | None) -> str:
+    """`backend` as the operators take it; what `use` and the environment ask for is read here."""
+    if name is not None and name not in backends.NAMES:
+        allowed = ", ".join(map(repr, backends.NAMES))
+        raise ValueError(f"backend must be one of {allowed}, or None, got {name!r}")
+    if torch.compiler.is_compiling():
+        return name or ""  # the operators then read the settings when they run
+    return name or backends.requested() or ""
+
+
+# Shared steps --------------------------------------------------------------------------------
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast has convolutions compute in; None where it leaves them alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _is_nhwc(t: Tensor) -> bool:
+    """Whether a convolution takes `t` for a channels_last tensor: by the order of its strides.
+
+    As at::suggest_memory_format: `t` need not be dense, and what could be either is NCHW.
+    """
+    shape, strides = t.shape, t.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if shape[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * shape[d]
+    return True
+
+
+def _vector_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def _operands(bn: BatchNormState | None, dtype: torch.dtype) -> ops.BatchNorm:
+    """`bn` as the operators take it: vectors of one dtype, no mean and variance in training."""
+    if bn is None:
+        return ops.NO_BATCH_NORM
+    gamma, beta = _vector(bn.gamma, dtype), _vector(bn.beta, dtype)
+    if bn.training:
+        return ops.BatchNorm(gamma, beta, None, None, bn.eps, bn.group)
+    mean, var = _vector(bn.running_mean, dtype), _vector(bn.running_var, dtype)
+    return ops.BatchNorm(gamma, beta, mean, var, bn.eps, "")
+
+
+def _scale_and_shift(
+    bn: BatchNormState | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """BatchNorm with running statistics as one multiply-add; None for no BatchNorm."""
+    if bn is None:
+        return None, None
+    gamma, beta, mean, var, eps, _ = _operands(bn, dtype)
+    assert mean is not None
+    assert var is not None
+    assert eps is not None
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = gamma * scale
+    if beta is None:
+        return scale, mean * -scale
+    return scale, torch.addcmul(beta, mean, scale, value=-1)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _update_running(bn: BatchNormState, vectors: Tensor, count: int) -> None:
+    """running = (1 - momentum) * running + momentum * batch."""
+    if not bn.training or bn.running_mean is None or (count == 0 and not bn.group):
+        return
+    for running, batch in ((bn.running_mean, vectors[0]), (bn.running_var, vectors[1])):
+        assert running is not None
+        if isinstance(bn.momentum, Tensor):
+            running.copy_(running * (1 - bn.momentum) + batch * bn.momentum)
+        elif running.dtype == batch.dtype:
+            running.mul_(1 - bn.momentum).add_(batch, alpha=bn.momentum)
+        else:
+            exact = running.to(batch.dtype)
+            running.copy_(exact.mul_(1 - bn.momentum).add_(batch, alpha=bn.momentum))
+
+
+# Operations ----------------------------------------------------------------------------------
+
+
+def grouped_conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Grouped 3x3 convolution, BatchNorm and ReLU in one operation.
+
+        y = relu(batch_norm(conv3x3(x, weight)) [+ residual])
+
+    Equivalent to
+
+        z = F.conv2d(x, weight, None, stride, dilation, dilation, groups)
+        z = F.batch_norm(z, running_mean, running_var, gamma, beta, training, momentum, eps)
+        y = F.relu(z if residual is None else z + residual)
+
+    Differentiable, twice, in x, weight, gamma, beta and residual. Saved for the backward pass: x,
+    the convolution's output, per-channel vectors, and with a residual y; the BatchNorm's output and
+    the ReLU's mask are recomputed. Under autocast x, weight and residual are cast as by conv2d.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64, any memory format;
+            torch.channels_last is what the kernels work in, others are converted.
+        weight: (K, C / groups, 3, 3), x's dtype.
+        gamma, beta: (K,), any floating-point dtype (computed with in float32; float64 for
+            float64 x), or None for 1 and 0.
+        running_mean, running_var: (K,), any floating-point dtype, or, when training, both None.
+            Updated in place when training.
+        stride, groups, dilation: Of the convolution; its padding is `dilation`.
+        training: Normalise with the statistics of the batch rather than the running ones.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+        residual: Added before the ReLU: y's shape, x's dtype; or None.
+        backend: One of `backends.NAMES`, or None for the first that serves (see `backends`).
+
+    Returns:
+        y, (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1), x's dtype, in the memory format
+        that conv2d would give.
+
+    Raises:
+        ValueError: If a tensor's rank, shape or device is wrong; if stride, groups or dilation is
+            less than 1, or groups does not divide C and K; if eps is negative; if not training and
+            running statistics are None, or only one of them is; if training on a single value per
+            channel; if there is no backend of that name.
+        TypeError: If a dtype is wrong, or if stride, groups or dilation is not an int.
+        RuntimeError: If the backend that was asked for does not serve this problem.
+
+    Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017,
+    Fig. 3c; Ioffe and Szegedy, "Batch Normalization", ICML 2015.
+    """
+    bn = BatchNormState(gamma, beta, running_mean, running_var, bool(training), momentum, eps)
+    return conv_bn_relu(
+        x,
+        weight,
+        bn,
+        residual=residual,
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+        backend=backend,
+    )
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNormState,
+    *,
+    input_bn: BatchNormState | None = None,
+    residual: Tensor | None = None,
+    pointwise_weight: Tensor | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """`grouped_conv_bn_relu` with its neighbours in a bottleneck.
+
+        a = relu(input_bn(x))                          if given, else x
+        y = relu(bn(conv3x3(a, weight)) [+ residual])
+        y = conv1x1(y, pointwise_weight)               if given
+
+    Equivalent to these steps by torch.nn.functional. Neither a nor the activation before the 1x1
+    convolution is saved for the backward pass; a is never in memory.
+
+    Args:
+        x: (N, C, H, W); with `input_bn`, the output of a convolution.
+        weight: (K, C / groups, 3, 3), x's dtype.
+        bn: BatchNorm of the convolution's output.
+        input_bn: BatchNorm, with a ReLU, of the convolution's input; or None.
+        residual, stride, groups, dilation, backend: As of `grouped_conv_bn_relu`.
+        pointwise_weight: (L, K, 1, 1), x's dtype; not together with `residual`; or None.
+
+    Returns:
+        (N, K or L, H', W'), x's dtype, in the memory format that conv2d would give.
+
+    Raises:
+        As `grouped_conv_bn_relu`, and ValueError if `pointwise_weight` is of another shape or
+        given together with `residual`.
+    """
+    _check_image("x", x)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+        pointwise_weight = None if pointwise_weight is None else pointwise_weight.to(dtype)
+    _check_conv(x, weight, stride, groups, dilation)
+    n, channels, h, w = x.shape
+    out_channels, out_h, out_w = weight.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1
+    count = n * out_h * out_w
+    _check_bn(bn, "", x, out_channels, count)
+    if input_bn is not None:
+        _check_bn(input_bn, "input_bn.", x, channels, n * h * w)
+    if residual is not None:
+        _check_like("residual", residual, (n, out_channels, out_h, out_w), "x", x)
+    if pointwise_weight is not None:
+        if residual is not None:
+            raise ValueError("pointwise_weight and residual must not be given together")
+        expected = (pointwise_weight.shape[0], out_channels, 1, 1)
+        _check_like("pointwise_weight", pointwise_weight, expected, "x", x)
+    name = _backend(backend)
+
+    nhwc = _is_nhwc(x) or _is_nhwc(weight)
+    x = _nhwc(x)
+    in_training = input_bn is not None and input_bn.training
+    vector_dtype = _vector_dtype(x)
+    if not (bn.training or in_training) and not _needs_gradient(
+        x,
+        weight,
+        bn.gamma,
+        bn.beta,
+        residual,
+        pointwise_weight,
+        *(() if input_bn is None else input_bn[:2]),
+    ):
+        y = ops.conv_affine_relu(
+            x,
+            weight,
+            *_scale_and_shift(bn, vector_dtype),
+            residual,
+            *_scale_and_shift(input_bn, vector_dtype),
+            stride,
+            groups,
+            dilation,
+            name,
+        )
+        if pointwise_weight is not None:
+            y = torch.conv2d(y, pointwise_weight)
+        return y if nhwc else y.contiguous()
+    y, _, vectors, in_vectors = ops.conv_bn_relu(
+        x,
+        weight,
+        *_operands(bn, vector_dtype),
+        residual,
+        *_operands(input_bn, vector_dtype),
+        pointwise_weight,
+        stride,
+        groups,
+        dilation,
+        name,
+    )
+    _update_running(bn, vectors, count)
+    if input_bn is not None:
+        _update_running(input_bn, in_vectors, n * h * w)
+    return y if nhwc else y.contiguous()
+
+
+def _check_bn_relu(z: Tensor, bn: BatchNormState) -> int:
+    _check_image("z", z)
+    n, channels, h, w = z.shape
+    _check_bn(bn, "", z, channels, n * h * w)
+    return n * h * w
+
+
+def bn_relu(
+    z: Tensor,
+    bn: BatchNormState,
+    *,
+    residual: Tensor | None = None,
+    residual_bn: BatchNormState | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """BatchNorm, residual addition and ReLU in one operation.
+
+        y = relu(bn(z) [+ residual | + residual_bn(residual)])
+
+    Equivalent to F.batch_norm of z (and of residual with `residual_bn`), their sum, and F.relu.
+    Saved for the backward pass: z, vectors, y if there is a residual, and the residual only if it
+    has a BatchNorm of its own.
+
+    Args:
+        z: (N, C, H, W), float32, bfloat16, float16 or float64, any memory format.
+        bn: BatchNorm of z.
+        residual: z's shape and dtype, or None.
+        residual_bn: BatchNorm of the residual (a bottleneck's downsampling branch), or None.
+        backend: As of `grouped_conv_bn_relu`.
+
+    Returns:
+        y, z's shape, dtype and memory format.
+
+    Raises:
+        As `grouped_conv_bn_relu`, and ValueError if `residual_bn` is given without `residual`.
+    """
+    count = _check_bn_relu(z, bn)
+    if residual is not None:
+        _check_like("residual", residual, z.shape, "z", z)
+    if residual_bn is not None:
+        if residual is None:
+            raise ValueError("residual_bn must be None without a residual")
+        _check_bn(residual_bn, "residual_bn.", z, z.shape[1], count)
+    name = _backend(backend)
+
+    nhwc = _is_nhwc(z)
+    z, residual = _nhwc(z), None if residual is None else _nhwc(residual)
+    dtype = _vector_dtype(z)
+    training = bn.training or (residual_bn is not None and residual_bn.training)
+    if not training and not _needs_gradient(
+        z, bn.gamma, bn.beta, residual, *(() if residual_bn is None else residual_bn[:2])
+    ):
+        y = ops.normalize_relu(
+            z,
+            *_scale_and_shift(bn, dtype),
+            residual,
+            *_scale_and_shift(residual_bn, dtype),
+            name,
+        )
+        return y if nhwc else y.contiguous()
+    y, vectors, residual_vectors = ops.bn_relu(
+        z, *_operands(bn, dtype), residual, *_operands(residual_bn, dtype), name
+    )
+    _update_running(bn, vectors, count)
+    if residual_bn is not None:
+        _update_running(residual_bn, residual_vectors, count)
+    return y if nhwc else y.contiguous()
+
+
+def bn_relu_max_pool(
+    z: Tensor,
+    bn: BatchNormState,
+    *,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    ceil_mode: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """BatchNorm, ReLU and max pooling, as after the first convolution of a ResNet.
+
+        y = max_pool2d(relu(bn(z)))
+
+    Equivalent to F.batch_norm, F.relu and F.max_pool2d. Saved for the backward pass: z, vectors and
+    the pooling's indices, not the ReLU's output.
+
+    Args:
+        z: (N, C, H, W), float32, bfloat16, float16 or float64, any memory format.
+        bn: BatchNorm of z.
+        kernel_size, stride, padding, dilation, ceil_mode: Of the pooling, (vertical, horizontal).
+        backend: As of `grouped_conv_bn_relu`.
+
+    Returns:
+        y, (N, C, H', W') as max_pool2d, z's dtype and memory format.
+
+    Raises:
+        As `grouped_conv_bn_relu`; what max_pool2d raises.
+    """
+    count = _check_bn_relu(z, bn)
+    name = _backend(backend)
+    nhwc = _is_nhwc(z)
+    z = _nhwc(z)
+    dtype = _vector_dtype(z)
+    pool = kernel_size, stride, padding, dilation, ceil_mode
+    if not bn.training and not _needs_gradient(z, bn.gamma, bn.beta):
+        y = ops.normalize_relu(z, *_scale_and_shift(bn, dtype), None, None, None, name)
+        y = torch.max_pool2d(y, *pool)
+    else:
+        y, _, vectors = ops.bn_relu_max_pool(z, *_operands(bn, dtype), *pool, name)
+        _update_running(bn, vectors, count)
+    return y if nhwc else y.contiguous()

@@ -1,0 +1,959 @@
+"""The operators as torch knows them: schemas, shapes, autograd.
+
+Every operator is one opaque node for torch.compile and torch.export. Tensors may come in any memory
+format and go out in torch.channels_last; vectors are float32, float64 with float64 tensors.
+`backend` is a name, or "" for the one that `backends.select` finds. Arguments are not validated
+here: that is `functional`'s.
+
+    without gradients               with gradients: forward         backward
+    conv_affine_relu                conv_bn_relu                    conv_bn_relu_backward
+    normalize_relu                  bn_relu                         bn_relu_backward
+                                    bn_relu_max_pool                bn_relu_max_pool_backward
+
+One BatchNorm is six arguments: `gamma, beta` (None: no affine), `mean, var` (None: statistics of
+the batch), `eps` (None: no BatchNorm here), and `group`, the name of the process group that shares
+statistics ("": none). What it made of them comes back as one (5, C) tensor: mean, unbiased
+variance, rstd, scale, shift, with
+
+    rstd = 1 / sqrt(var + eps),   scale = gamma * rstd,   shift = beta - mean * scale
+
+Saved for the backward pass: the convolution's input, its output z, these vectors, the pooling's
+indices, and, where a residual was added, the result y for the ReLU's mask. The activations in
+between are recomputed. Gradients of gradients are taken from the same expression in plain ATen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from . import backends
+from .backends import reference
+
+__all__ = [
+    "NO_BATCH_NORM",
+    "BatchNorm",
+    "bn_relu",
+    "bn_relu_backward",
+    "bn_relu_max_pool",
+    "bn_relu_max_pool_backward",
+    "conv_affine_relu",
+    "conv_bn_relu",
+    "conv_bn_relu_backward",
+    "normalize_relu",
+]
+
+_NAMESPACE = "resnext_kernels"
+_library = torch.library.Library(_NAMESPACE, "DEF")
+
+
+class BatchNorm(NamedTuple):
+    """The six arguments of one BatchNorm."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    eps: float | None
+    group: str
+
+    @property
+    def training(self) -> bool:
+        """Whether it takes the statistics of the batch."""
+        return self.eps is not None and self.mean is None
+
+
+NO_BATCH_NORM = BatchNorm(None, None, None, None, None, "")
+
+
+def _schema_of_bn(prefix: str = "") -> str:
+    vectors = ", ".join(f"Tensor? {prefix}{name}" for name in ("gamma", "beta", "mean", "var"))
+    return f"{vectors}, float? {prefix}eps, str {prefix}group"
+
+
+def _register(schema: str, implementation: Callable, fake: Callable) -> Any:
+    """The operator of this schema, for CPU and CUDA tensors."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+def _register_autograd(op: Any, name: str, setup: Callable, backward: Callable) -> None:
+    """Make `op` differentiable; setup(ctx, inputs, output) and backward(ctx, *gradients).
+
+    As torch.library.register_autograd, which at each call converts every argument of the schema for
+    every argument of the schema: 0.1 ms and more for the twenty that a convolution has here.
+    """
+    below_autograd = torch._C._after_autograd_keyset
+
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op.redispatch(keyset & below_autograd, *inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    def backward_with_keyset(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        if gradients[0] is None:
+            return (None,) * (1 + len(needs))
+        found = dict(backward(ctx, needs, gradients[0]))
+        return None, *(found[i] if need else None for i, need in enumerate(needs))
+
+    node: Any = type(
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keyset)},
+    )
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return node.apply(keyset, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below_autograd, *inputs)
+
+    _library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+# Shared steps --------------------------------------------------------------------------------
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _maybe_nhwc(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _nhwc(t)
+
+
+def _serving(
+    x: Tensor, k: int, stride: int, groups: int, dilation: int, training: bool, backend: str
+) -> ModuleType:
+    """The backend for a convolution of x to k channels; an empty batch is the reference's."""
+    n, c, h, w = x.shape
+    if n == 0:
+        return reference
+    name = backend or backends.requested()
+    dtype, device = x.dtype, x.device.type
+    return backends._select(name, n, h, w, c, k, groups, stride, dilation, dtype, device, training)
+
+
+def _serving_bn(z: Tensor, training: bool, backend: str) -> ModuleType:
+    """The backend for BatchNorm alone: that of the depthwise convolution on the same map."""
+    channels = z.shape[1]
+    return _serving(z, channels, 1, channels, 1, training, backend)
+
+
+def _count(z: Tensor) -> int:
+    return z.numel() // z.shape[1]
+
+
+def _process_group(name: str) -> dist.ProcessGroup:
+    c10d: Any = dist.distributed_c10d
+    return c10d._resolve_process_group(name)
+
+
+def _combined_stats(
+    mean: Tensor, var: Tensor, count: int, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance over a process group, and the number of values (Chan et al., 1979)."""
+    process_group = _process_group(group)
+    local = torch.cat([mean, var, mean.new_full((1,), count)])
+    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(ranks, local, group=process_group)
+    gathered = torch.stack(ranks)
+    channels = mean.numel()
+    means, variances, counts = gathered.split([channels, channels, 1], dim=1)
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    var = ((variances + (means - mean).square()) * counts).sum(0) / total
+    return mean, var, total
+
+
+def _bn_vectors(kernels: ModuleType, z: Tensor, bn: BatchNorm) -> Tensor:
+    """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z."""
+    return _vectors(bn, kernels.batch_stats(z) if bn.training else None, _count(z))
+
+
+def _vectors(bn: BatchNorm, batch: tuple[Tensor, Tensor] | None, count: int) -> Tensor:
+    """(5, C): mean, unbiased variance, rstd, scale, shift; `batch` are the batch's statistics."""
+    gamma, beta, mean, var, eps, group = bn
+    assert eps is not None
+    if batch is not None:
+        mean, var = batch
+        if group:
+            mean, var, total = _combined_stats(mean, var, count, group)
+            unbiased = var * (total / (total - 1))
+        else:
+            unbiased = var * (count / max(count - 1, 1))
+    else:
+        assert mean is not None
+        assert var is not None
+        unbiased = var
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd if gamma is None else gamma * rstd
+    shift = mean * -scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    return torch.stack((mean, unbiased, rstd, scale, shift))
+
+
+def _affine(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    return vectors[3], vectors[4]
+
+
+def _gradient_vectors(
+    sum_g: Tensor | None,
+    sum_g_xhat: Tensor | None,
+    vectors: Tensor,
+    count: int,
+    training: bool,
+    group: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """a, b, c of dz = a*g + b*z + c; b and c are None (zero) with frozen statistics.
+
+    dz = scale * (g - sum_g / M - xhat * sum_g_xhat / M), with xhat = (z - mean) * rstd.
+    """
+    mean, _, rstd, scale, _ = vectors.unbind()
+    if not training:
+        return scale, None, None
+    assert sum_g is not None
+    assert sum_g_xhat is not None
+    if group:
+        shared = torch.cat([sum_g, sum_g_xhat, mean.new_full((1,), count)])
+        dist.all_reduce(shared, group=_process_group(group))
+        sum_g, sum_g_xhat, total = shared.split([mean.numel(), mean.numel(), 1])
+        a_over_m = scale / -total
+    else:
+        a_over_m = scale * (-1 / max(count, 1))
+    b = a_over_m * rstd * sum_g_xhat
+    c = torch.addcmul(a_over_m * sum_g, b, mean, value=-1)
+    return scale, b, c
+
+
+def _relu_passes_everything(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """scale, shift for which the recomputed ReLU mask is true everywhere, NaN and Inf included."""
+    return torch.zeros_like(vectors[3]), torch.ones_like(vectors[4])
+
+
+def _masked(dy: Tensor, y: Tensor) -> Tensor:
+    """g: dy where the ReLU passed."""
+    return torch.ops.aten.threshold_backward(dy, y, 0)
+
+
+def _given(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+    """The results, with an empty tensor for each that was not asked for."""
+    return tuple(like.new_empty(0) if t is None else t for t in results)
+
+
+def _pointwise_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a 1x1 convolution's input and weight."""
+    needs = [need_dx, need_dweight, False]
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs
+    )
+    return _nhwc(dx) if need_dx else None, dweight.contiguous() if need_dweight else None
+
+
+# What fakes return ---------------------------------------------------------------------------
+
+
+def _like_nhwc(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.channels_last)
+
+
+def _fake_conv(x: Tensor, channels: int, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, channels, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_vectors(z: Tensor, bn: BatchNorm) -> Tensor:
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return z.new_empty((5, z.shape[1]) if bn.eps is not None else 0, dtype=dtype)
+
+
+# Gradients of gradients ----------------------------------------------------------------------
+
+
+def _differentiate(expression: Callable, dy: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
+    """Differentiable gradients of expression(*inputs) for dy; None where an input needs none."""
+    # Aliases, because one input may be computed from another: each gradient is the direct one.
+    aliases = [None if t is None else t.view_as(t) for t in inputs]
+    needed = [t for t in aliases if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(expression(*aliases), needed, dy, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in aliases]
+
+
+class _SavedBatchNorm(NamedTuple):
+    """What the backward pass knows of a BatchNorm, beside tensors."""
+
+    training: bool
+    eps: float | None
+    group: str
+
+    @classmethod
+    def of(cls, bn: BatchNorm) -> _SavedBatchNorm:
+        return cls(bn.training, bn.eps, bn.group)
+
+    def expression(
+        self, z: Tensor, gamma: Tensor | None, beta: Tensor | None, vectors: Tensor
+    ) -> Tensor:
+        """batch_norm(z) in differentiable steps."""
+        if self.group:
+            raise NotImplementedError("gradients of gradients with statistics of a process group")
+        if self.training:
+            assert self.eps is not None
+            return torch.batch_norm(z, gamma, beta, None, None, True, 0.0, self.eps, False)
+        result = (z - vectors[0][:, None, None]) * vectors[2][:, None, None]
+        if gamma is not None:
+            result = result * gamma[:, None, None]
+        if beta is not None:
+            result = result + beta[:, None, None]
+        return result.to(z.dtype)
+
+
+def _relu_as(y: Tensor | None, t: Tensor) -> Tensor:
+    """relu(t), or with the mask that the result y shows."""
+    return F.relu(t) if y is None else torch.where(y <= 0, 0, t)
+
+
+# conv_affine_relu, normalize_relu: without gradients -----------------------------------------
+
+
+def _conv_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    stride: int,
+    groups: int,
+    dilation: int,
+    backend: str,
+) -> Tensor:
+    kernels = _serving(x, weight.shape[0], stride, groups, dilation, False, backend)
+    return kernels.conv_affine_relu(
+        _nhwc(x),
+        weight.contiguous(),
+        scale,
+        shift,
+        residual=_maybe_nhwc(residual),
+        prologue=None if in_scale is None else (in_scale, in_shift),
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+    )
+
+
+conv_affine_relu = _register(
+    "conv_affine_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
+    "Tensor? in_scale, Tensor? in_shift, int stride, int groups, int dilation, str backend) "
+    "-> Tensor",
+    _conv_affine_relu,
+    lambda x, weight, *args: _fake_conv(x, weight.shape[0], args[5]),
+)
+
+
+def _normalize_relu(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    backend: str,
+) -> Tensor:
+    kernels = _serving_bn(z, False, backend)
+    return kernels.normalize_relu(
+        _nhwc(z),
+        scale,
+        shift,
+        residual=_maybe_nhwc(residual),
+        residual_affine=None if residual_scale is None else (residual_scale, residual_shift),
+    )
+
+
+normalize_relu = _register(
+    "normalize_relu(Tensor z, Tensor scale, Tensor shift, Tensor? residual, "
+    "Tensor? residual_scale, Tensor? residual_shift, str backend) -> Tensor",
+    _normalize_relu,
+    lambda z, *_: _like_nhwc(z),
+)
+
+
+# conv_bn_relu: relu(bn(conv(x | relu(in_bn(x)))) [+ residual]) [, then a 1x1 convolution] ------
+
+
+class _ConvBNReLU(NamedTuple):
+    """The arguments of conv_bn_relu behind x and weight."""
+
+    bn: BatchNorm
+    residual: Tensor | None
+    in_bn: BatchNorm
+    pointwise_weight: Tensor | None
+    stride: int
+    groups: int
+    dilation: int
+    backend: str
+
+    @classmethod
+    def of(cls, args: tuple) -> _ConvBNReLU:
+        return cls(BatchNorm(*args[:6]), args[6], BatchNorm(*args[7:13]), *args[13:])
+
+
+def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    bn, residual, in_bn, pointwise_weight, stride, groups, dilation, backend = _ConvBNReLU.of(args)
+    kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
+    x = _nhwc(x)
+    in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn)
+    z, *batch = kernels.conv_stats(
+        x,
+        weight.contiguous(),
+        prologue=None if in_vectors is None else _affine(in_vectors),
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+        stats=bn.training,
+    )
+    vectors = _vectors(bn, batch if bn.training else None, _count(z))
+    y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
+    if pointwise_weight is not None:
+        y = _nhwc(torch.conv2d(y, pointwise_weight))
+    return y, z, *_given(vectors, vectors, in_vectors)
+
+
+def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    bn, _, in_bn, pointwise_weight, stride, *_ = _ConvBNReLU.of(args)
+    z = _fake_conv(x, weight.shape[0], stride)
+    y = _fake_conv(z, (weight if pointwise_weight is None else pointwise_weight).shape[0], 1)
+    return y, z, _fake_vectors(z, bn), _fake_vectors(x, in_bn)
+
+
+conv_bn_relu = _register(
+    f"conv_bn_relu(Tensor x, Tensor weight, {_schema_of_bn()}, Tensor? residual, "
+    f"{_schema_of_bn('in_')}, Tensor? pointwise_weight, int stride, int groups, int dilation, "
+    "str backend) -> (Tensor y, Tensor z, Tensor vectors, Tensor in_vectors)",
+    _conv_bn_relu,
+    _conv_bn_relu_fake,
+)
+
+
+def _conv_bn_relu_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    vectors: Tensor,
+    y: Tensor | None,
+    in_vectors: Tensor | None,
+    pointwise_weight: Tensor | None,
+    stride: int,
+    groups: int,
+    dilation: int,
+    training: bool,
+    group: str,
+    in_training: bool,
+    in_group: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    need_x, need_weight, need_affine, need_residual, need_in_affine, need_pointwise = needs
+    need_input = need_x or need_in_affine
+    need_dz = need_input or need_weight
+    kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
+    dx = dweight = dgamma = dbeta = dresidual = din_gamma = din_beta = dpointwise = None
+    dy, x = _nhwc(dy), _nhwc(x)
+    mean, _, rstd, scale, shift = vectors.unbind()
+    if need_residual:
+        assert y is not None
+        dresidual = _masked(dy, y)
+        if need_dz or need_affine:
+            dy, y = dresidual, None
+            scale, shift = _relu_passes_everything(vectors)
+    if pointwise_weight is not None:
+        a = kernels.normalize_relu(z, scale, shift) if need_pointwise else z
+        da, dpointwise = _pointwise_backward(
+            dy, a, pointwise_weight, need_dz or need_affine, need_pointwise
+        )
+        dy = dy if da is None else da
+    if need_affine or (training and need_dz):
+        dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
+    if need_dz:
+        dz = _gradient_vectors(dbeta, dgamma, vectors, _count(z), training, group)
+        dx, dweight = kernels.conv_backward(
+            dy,
+            x,
+            weight.contiguous(),
+            bn=(z, scale, shift, *dz),
+            y=y,
+            prologue=None if in_vectors is None else _affine(in_vectors),
+            stride=stride,
+            groups=groups,
+            dilation=dilation,
+            need_dx=need_input,
+            need_dweight=need_weight,
+        )
+    if in_vectors is not None and need_input:
+        mean, _, rstd, scale, shift = in_vectors.unbind()
+        if need_in_affine or in_training:
+            din_beta, din_gamma = kernels.bn_relu_backward(dx, x, scale, shift, mean, rstd)
+        if need_x:
+            dz = _gradient_vectors(
+                din_beta, din_gamma, in_vectors, _count(x), in_training, in_group
+            )
+            dx = kernels.bn_relu_input_gradient(dx, x, scale, shift, *dz, inplace=True)
+    return _given(
+        x,
+        dx if need_x else None,
+        dweight,
+        *((dgamma, dbeta) if need_affine else (None, None)),
+        dresidual,
+        *((din_gamma, din_beta) if need_in_affine else (None, None)),
+        dpointwise,
+    )
+
+
+def _conv_bn_relu_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor, vectors: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    pointwise_weight, needs = args[2], args[-2]
+    need_x, need_weight, need_affine, need_residual, need_in_affine, need_pointwise = needs
+
+    def affine(t: Tensor, need: bool) -> tuple[Tensor | None, Tensor | None]:
+        size = t.shape[1]
+        return (vectors.new_empty(size), vectors.new_empty(size)) if need else (None, None)
+
+    return _given(
+        x,
+        _like_nhwc(x) if need_x else None,
+        weight.new_empty(weight.shape) if need_weight else None,
+        *affine(z, need_affine),
+        _like_nhwc(z) if need_residual else None,
+        *affine(x, need_in_affine),
+        pointwise_weight.new_empty(pointwise_weight.shape) if need_pointwise else None,
+    )
+
+
+conv_bn_relu_backward = _register(
+    "conv_bn_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, Tensor vectors, "
+    "Tensor? y, Tensor? in_vectors, Tensor? pointwise_weight, int stride, int groups, "
+    "int dilation, bool training, str group, bool in_training, str in_group, bool[6] needs, "
+    "str backend) -> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor dresidual, "
+    "Tensor din_gamma, Tensor din_beta, Tensor dpointwise_weight)",
+    _conv_bn_relu_backward,
+    _conv_bn_relu_backward_fake,
+)
+
+
+def _conv_bn_relu_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, *args = inputs
+    bn, residual, in_bn, pointwise_weight, *ctx.conv, ctx.backend = _ConvBNReLU.of(tuple(args))
+    y, z, vectors, in_vectors = output
+    ctx.mark_non_differentiable(z, vectors, in_vectors)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x,
+        weight,
+        bn.gamma,
+        bn.beta,
+        in_bn.gamma,
+        in_bn.beta,
+        pointwise_weight,
+        z,
+        vectors,
+        None if residual is None else y,
+        None if in_bn.eps is None else in_vectors,
+    )
+    ctx.bn, ctx.in_bn = _SavedBatchNorm.of(bn), _SavedBatchNorm.of(in_bn)
+
+
+# Where the differentiable inputs stand in the schema: x, weight, gamma, beta, residual, in_gamma,
+# in_beta, pointwise_weight, in the order of the backward operator's results.
+_CONV_BN_RELU_INPUTS = (0, 1, 2, 3, 8, 9, 10, 15)
+
+
+def _conv_bn_relu_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
+    *inputs, z, vectors, y, in_vectors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        stride, groups, dilation = ctx.conv
+
+        def expression(
+            x: Tensor,
+            weight: Tensor,
+            gamma: Tensor | None,
+            beta: Tensor | None,
+            in_gamma: Tensor | None,
+            in_beta: Tensor | None,
+            pointwise_weight: Tensor | None,
+        ) -> Tensor:
+            if in_vectors is not None:
+                x = F.relu(ctx.in_bn.expression(x, in_gamma, in_beta, in_vectors))
+            t = torch.conv2d(x, weight, None, stride, dilation, dilation, groups)
+            t = _relu_as(y, ctx.bn.expression(t, gamma, beta, vectors))
+            return t if pointwise_weight is None else torch.conv2d(t, pointwise_weight)
+
+        found = _differentiate(expression, dy, *inputs)
+        found.insert(4, None if y is None else _relu_as(y, dy))
+    else:
+        x, weight, *_, pointwise_weight = inputs
+        i = _CONV_BN_RELU_INPUTS
+        found = conv_bn_relu_backward(
+            dy,
+            x,
+            weight,
+            z,
+            vectors,
+            y,
+            in_vectors,
+            pointwise_weight,
+            *ctx.conv,
+            ctx.bn.training,
+            ctx.bn.group,
+            ctx.in_bn.training,
+            ctx.in_bn.group,
+            [
+                needs[i[0]],
+                needs[i[1]],
+                needs[i[2]] or needs[i[3]],
+                needs[i[4]],
+                needs[i[5]] or needs[i[6]],
+                needs[i[7]],
+            ],
+            ctx.backend,
+        )
+    return zip(_CONV_BN_RELU_INPUTS, found, strict=True)
+
+
+_register_autograd(conv_bn_relu, "ConvBNReLU", _conv_bn_relu_setup, _conv_bn_relu_autograd)
+
+
+# bn_relu: relu(bn(z) [+ residual | + residual_bn(residual)]) ----------------------------------
+
+
+def _bn_relu(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    bn, residual, residual_bn, backend = _bn_relu_arguments(args)
+    kernels = _serving_bn(z, True, backend)
+    z, residual = _nhwc(z), _maybe_nhwc(residual)
+    vectors = _bn_vectors(kernels, z, bn)
+    residual_vectors = None
+    if residual is not None and residual_bn.eps is not None:
+        residual_vectors = _bn_vectors(kernels, residual, residual_bn)
+    y = kernels.normalize_relu(
+        z,
+        *_affine(vectors),
+        residual=residual,
+        residual_affine=None if residual_vectors is None else _affine(residual_vectors),
+    )
+    return y, *_given(vectors, vectors, residual_vectors)
+
+
+def _bn_relu_arguments(args: Any) -> tuple[BatchNorm, Tensor | None, BatchNorm, str]:
+    return BatchNorm(*args[:6]), args[6], BatchNorm(*args[7:13]), args[13]
+
+
+def _bn_relu_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    bn, _, residual_bn, _ = _bn_relu_arguments(args)
+    return _like_nhwc(z), _fake_vectors(z, bn), _fake_vectors(z, residual_bn)
+
+
+bn_relu = _register(
+    f"bn_relu(Tensor z, {_schema_of_bn()}, Tensor? residual, {_schema_of_bn('residual_')}, "
+    "str backend) -> (Tensor y, Tensor vectors, Tensor residual_vectors)",
+    _bn_relu,
+    _bn_relu_fake,
+)
+
+
+def _bn_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    vectors: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    residual_vectors: Tensor | None,
+    training: bool,
+    group: str,
+    residual_training: bool,
+    residual_group: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    need_z, need_affine, need_residual, need_residual_affine = needs
+    kernels = _serving_bn(z, True, backend)
+    dz = dgamma = dbeta = dresidual = dresidual_gamma = dresidual_beta = None
+    dy, z, count = _nhwc(dy), _nhwc(z), _count(z)
+    mean, _, rstd, scale, shift = vectors.unbind()
+    if need_residual or need_residual_affine:
+        assert y is not None
+        dy = dresidual = _masked(dy, y)
+        y = None
+        scale, shift = _relu_passes_everything(vectors)
+    if need_affine or (training and need_z):
+        dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
+    if need_z:
+        a, b, c = _gradient_vectors(dbeta, dgamma, vectors, count, training, group)
+        dz = kernels.bn_relu_input_gradient(dy, z, scale, shift, a, b, c, y=y)
+    if residual is not None and residual_vectors is not None and dresidual is not None:
+        residual = _nhwc(residual)
+        if need_residual_affine or residual_training:
+            dresidual_beta, dresidual_gamma = kernels.bn_relu_backward(
+                dresidual, residual, scale, shift, residual_vectors[0], residual_vectors[2]
+            )
+        if need_residual:
+            a, b, c = _gradient_vectors(
+                dresidual_beta,
+                dresidual_gamma,
+                residual_vectors,
+                count,
+                residual_training,
+                residual_group,
+            )
+            dresidual = kernels.bn_relu_input_gradient(
+                dresidual, residual, scale, shift, a, b, c, inplace=True
+            )
+    return _given(
+        z,
+        dz,
+        *((dgamma, dbeta) if need_affine else (None, None)),
+        dresidual if need_residual else None,
+        *((dresidual_gamma, dresidual_beta) if need_residual_affine else (None, None)),
+    )
+
+
+def _bn_relu_backward_fake(dy: Tensor, z: Tensor, vectors: Tensor, *args: Any) -> Any:
+    need_z, need_affine, need_residual, need_residual_affine = args[-2]
+
+    def affine(need: bool) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            (vectors.new_empty(z.shape[1]), vectors.new_empty(z.shape[1])) if need else (None,) * 2
+        )
+
+    return _given(
+        z,
+        _like_nhwc(z) if need_z else None,
+        *affine(need_affine),
+        _like_nhwc(z) if need_residual else None,
+        *affine(need_residual_affine),
+    )
+
+
+bn_relu_backward = _register(
+    "bn_relu_backward(Tensor dy, Tensor z, Tensor vectors, Tensor? y, Tensor? residual, "
+    "Tensor? residual_vectors, bool training, str group, bool residual_training, "
+    "str residual_group, bool[4] needs, str backend) -> (Tensor dz, Tensor dgamma, Tensor dbeta, "
+    "Tensor dresidual, Tensor dresidual_gamma, Tensor dresidual_beta)",
+    _bn_relu_backward,
+    _bn_relu_backward_fake,
+)
+
+
+def _bn_relu_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    z, *args = inputs
+    bn, residual, residual_bn, ctx.backend = _bn_relu_arguments(args)
+    y, vectors, residual_vectors = output
+    has_residual_bn = residual_bn.eps is not None
+    ctx.mark_non_differentiable(vectors, residual_vectors)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        z,
+        bn.gamma,
+        bn.beta,
+        residual if has_residual_bn else None,
+        residual_bn.gamma,
+        residual_bn.beta,
+        vectors,
+        None if residual is None else y,
+        residual_vectors if has_residual_bn else None,
+    )
+    ctx.bn, ctx.residual_bn = _SavedBatchNorm.of(bn), _SavedBatchNorm.of(residual_bn)
+
+
+# z, gamma, beta, residual, residual_gamma, residual_beta
+_BN_RELU_INPUTS = (0, 1, 2, 7, 8, 9)
+
+
+def _bn_relu_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
+    *inputs, vectors, y, residual_vectors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def expression(
+            z: Tensor,
+            gamma: Tensor | None,
+            beta: Tensor | None,
+            residual: Tensor,
+            residual_gamma: Tensor | None,
+            residual_beta: Tensor | None,
+        ) -> Tensor:
+            t = ctx.bn.expression(z, gamma, beta, vectors)
+            if residual_vectors is not None:
+                t = t + ctx.residual_bn.expression(
+                    residual, residual_gamma, residual_beta, residual_vectors
+                )
+            return _relu_as(y, t)
+
+        found = _differentiate(expression, dy, *inputs)
+        if y is not None and residual_vectors is None:
+            found[3] = _relu_as(y, dy)
+    else:
+        z, _, _, residual, *_ = inputs
+        i = _BN_RELU_INPUTS
+        found = bn_relu_backward(
+            dy,
+            z,
+            vectors,
+            y,
+            residual,
+            residual_vectors,
+            ctx.bn.training,
+            ctx.bn.group,
+            ctx.residual_bn.training,
+            ctx.residual_bn.group,
+            [needs[0], needs[1] or needs[2], needs[i[3]], needs[i[4]] or needs[i[5]]],
+            ctx.backend,
+        )
+    return zip(_BN_RELU_INPUTS, found, strict=True)
+
+
+_register_autograd(bn_relu, "BNReLU", _bn_relu_setup, _bn_relu_autograd)
+
+
+# bn_relu_max_pool: max_pool2d(relu(bn(z))) ----------------------------------------------------
+
+
+def _bn_relu_max_pool(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    bn, pool, backend = BatchNorm(*args[:6]), args[6:11], args[11]
+    kernels = _serving_bn(z, True, backend)
+    z = _nhwc(z)
+    vectors = _bn_vectors(kernels, z, bn)
+    a = kernels.normalize_relu(z, *_affine(vectors))
+    y, indices = torch.ops.aten.max_pool2d_with_indices(a, *pool)
+    return _nhwc(y), _nhwc(indices), vectors
+
+
+def _bn_relu_max_pool_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    y, indices = torch.ops.aten.max_pool2d_with_indices(z, *args[6:11])
+    return _like_nhwc(y), _like_nhwc(indices), _fake_vectors(z, BatchNorm(*args[:6]))
+
+
+_POOL = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
+
+bn_relu_max_pool = _register(
+    f"bn_relu_max_pool(Tensor z, {_schema_of_bn()}, {_POOL}, str backend) "
+    "-> (Tensor y, Tensor indices, Tensor vectors)",
+    _bn_relu_max_pool,
+    _bn_relu_max_pool_fake,
+)
+
+
+def _bn_relu_max_pool_backward(
+    dy: Tensor, z: Tensor, vectors: Tensor, indices: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *pool, training, group, (need_z, need_affine), backend = args
+    kernels = _serving_bn(z, True, backend)
+    dz = dgamma = dbeta = None
+    z = _nhwc(z)
+    # z stands in for the ReLU's result, of which only the shape is used
+    da = torch.ops.aten.max_pool2d_with_indices_backward(_nhwc(dy), z, *pool, _nhwc(indices))
+    da = _nhwc(da)
+    mean, _, rstd, scale, shift = vectors.unbind()
+    if need_affine or training:
+        dbeta, dgamma = kernels.bn_relu_backward(da, z, scale, shift, mean, rstd)
+    if need_z:
+        a, b, c = _gradient_vectors(dbeta, dgamma, vectors, _count(z), training, group)
+        dz = kernels.bn_relu_input_gradient(da, z, scale, shift, a, b, c, inplace=True)
+    return _given(z, dz, *((dgamma, dbeta) if need_affine else (None, None)))
+
+
+def _bn_relu_max_pool_backward_fake(dy: Tensor, z: Tensor, vectors: Tensor, *args: Any) -> Any:
+    need_z, need_affine = args[-2]
+    size = z.shape[1] if need_affine else 0
+    dz = _like_nhwc(z) if need_z else z.new_empty(0)
+    empty = vectors if need_affine else z
+    return dz, empty.new_empty(size), empty.new_empty(size)
+
+
+bn_relu_max_pool_backward = _register(
+    f"bn_relu_max_pool_backward(Tensor dy, Tensor z, Tensor vectors, Tensor indices, {_POOL}, "
+    "bool training, str group, bool[2] needs, str backend) "
+    "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
+    _bn_relu_max_pool_backward,
+    _bn_relu_max_pool_backward_fake,
+)
+
+
+def _bn_relu_max_pool_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    z, *args = inputs
+    bn, ctx.pool, ctx.backend = BatchNorm(*args[:6]), args[6:11], args[11]
+    _, indices, vectors = output
+    ctx.mark_non_differentiable(indices, vectors)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, bn.gamma, bn.beta, vectors, indices)
+    ctx.bn = _SavedBatchNorm.of(bn)
+
+
+def _bn_relu_max_pool_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
+    *inputs, vectors, indices = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def expression(z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+            return F.max_pool2d(F.relu(ctx.bn.expression(z, gamma, beta, vectors)), *ctx.pool)
+
+        found = _differentiate(expression, dy, *inputs)
+    else:
+        found = bn_relu_max_pool_backward(
+            dy,
+            inputs[0],
+            vectors,
+            indices,
+            *ctx.pool,
+            ctx.bn.training,
+            ctx.bn.group,
+            [needs[0], needs[1] or needs[2]],
+            ctx.backend,
+        )
+    return enumerate(found)
+
+
+_register_autograd(
+    bn_relu_max_pool, "BNReLUMaxPool", _bn_relu_max_pool_setup, _bn_relu_max_pool_autograd
+)
+
+
+# Formulas for torch.utils.flop_counter: convolutions alone count, as with torch's own operators ---
+
+
+@register_flop_formula(torch.ops.resnext_kernels.conv_affine_relu)
+def _conv_affine_relu_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flop_count(x, weight, out_shape)
+
+
+@register_flop_formula(torch.ops.resnext_kernels.conv_bn_relu)
+def _conv_bn_relu_flops(x: Any, weight: Any, *args: Any, out_shape: Any, **_: Any) -> int:
+    y, z, *_ = out_shape
+    pointwise_weight = args[13]
+    flops = conv_flop_count(x, weight, z)
+    return flops + (conv_flop_count(z, pointwise_weight, y) if pointwise_weight else 0)
+
+
+@register_flop_formula(torch.ops.resnext_kernels.conv_bn_relu_backward)
+def _conv_bn_relu_backward_flops(dy: Any, x: Any, weight: Any, z: Any, *args: Any, **_: Any) -> int:
+    pointwise_weight, needs = args[3], args[11]
+    need_x, need_weight, need_affine, _, need_in_affine, need_pointwise = needs
+    need_input = need_x or need_in_affine
+    flops = (need_input + need_weight) * conv_flop_count(x, weight, z)
+    if pointwise_weight:
+        need_activation = need_input or need_weight or need_affine
+        flops += (need_activation + need_pointwise) * conv_flop_count(z, pointwise_weight, dy)
+    return flops
