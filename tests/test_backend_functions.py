@@ -1,0 +1,369 @@
+"""Each function of the backend contract by itself.
+
+Two kinds of input. Small integers and halves, for which every product, sum and stored value is
+exact in any order of summation: the result must equal the float64 truth after one rounding, bit for
+bit, so not one tap, border or channel can be wrong unseen. And statistics of random numbers, which
+are rounded: these are held to twice torch's own error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, FEW, Case, Target, assert_as_exact_as_torch, conv2d, cross, largest
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+each_case, few_cases = cross(CASES), cross(FEW)
+BOTH = (False, True)
+
+
+class Exact:
+    """Tensors of small integers and halves, and the same in float64."""
+
+    def __init__(self, case: Case, target: Target) -> None:
+        self.case, self.target = case, target
+        d = case.c // case.groups
+        self.x = self.images(3, case.n, case.c, case.h, case.w)
+        self.weight = self.integers(2, case.k, d, 3, 3).to(target.dtype)
+        self.z = self.images(4, *case.out_shape)
+        self.dy = self.images(3, *case.out_shape)
+        self.residual = self.images(4, *case.out_shape)
+        self.scale = self.one_of([-1.0, 0.5, 1.0, 2.0], case.k)
+        self.shift = self.one_of([-1.0, 0.0, 0.5, 1.0], case.k)
+        self.in_scale = self.one_of([-1.0, 0.5, 1.0], case.c)
+        self.in_shift = self.one_of([-1.0, 0.0, 0.5], case.c)
+        self.res_scale = self.one_of([-1.0, 0.5, 1.0], case.k)
+        self.res_shift = self.one_of([-0.5, 0.0, 1.0], case.k)
+        self.a = self.one_of([-1.0, 0.5, 1.0, 0.0], case.k)
+        self.b = self.one_of([-0.5, 0.0, 1.0], case.k)
+        self.c = self.one_of([-1.0, 0.0, 0.5], case.k)
+        self.mean = self.one_of([-0.5, 0.0, 1.0], case.k)
+        self.rstd = self.one_of([0.5, 1.0, 2.0], case.k)
+
+    def integers(self, bound: int, *shape: int) -> Tensor:
+        return torch.randint(-bound, bound + 1, shape).double().to(self.target.device)
+
+    def images(self, bound: int, *shape: int) -> Tensor:
+        t = self.integers(bound, *shape).to(self.target.dtype)
+        return t.contiguous(memory_format=torch.channels_last)
+
+    def one_of(self, values: list[float], size: int) -> Tensor:
+        dtype = torch.float64 if self.target.dtype == torch.float64 else torch.float32
+        chosen = torch.tensor(values, dtype=dtype)[torch.randint(len(values), (size,))]
+        return chosen.to(self.target.device)
+
+    def activation(self, prologue: bool) -> Tensor:
+        x = self.x.double()
+        return F.relu(affine(x, self.in_scale, self.in_shift)) if prologue else x
+
+    def prologue(self, prologue: bool) -> tuple[Tensor, Tensor] | None:
+        return (self.in_scale, self.in_shift) if prologue else None
+
+    def conv(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight.double(), **self.case.conv)
+
+    def y(self, from_y: bool) -> Tensor | None:
+        """The forward result with a residual, where the mask cannot be recomputed from z."""
+        if not from_y:
+            return None
+        pre = affine(self.z.double(), self.scale, self.shift) + self.residual.double()
+        return F.relu(pre).to(self.target.dtype)
+
+    def masked_dy(self, from_y: bool) -> Tensor:
+        y = self.y(from_y)
+        pre = affine(self.z.double(), self.scale, self.shift) if y is None else y
+        return torch.where(pre <= 0, 0.0, self.dy.double())
+
+    def dz(self, from_y: bool, frozen: bool = False) -> Tensor:
+        if frozen:
+            return affine(self.masked_dy(from_y), self.a, 0 * self.a)
+        c = self.c.double()[:, None, None]
+        return (
+            affine(self.masked_dy(from_y), self.a, 0 * self.a)
+            + affine(self.z.double(), self.b, 0 * self.b)
+            + c
+        )
+
+
+def affine(t: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return scale.double()[:, None, None] * t + shift.double()[:, None, None]
+
+
+def by_torch(
+    case: Case, target: Target, a: Tensor, weight: Tensor, dz: Tensor
+) -> tuple[Tensor, ...] | None:
+    """dx and dweight where the backend has torch's own half-precision convolution for them.
+
+    oneDNN rounds partial sums to that dtype, so there exactness is not to be had.
+    """
+    if target.dtype not in (torch.bfloat16, torch.float16) or not uses_torch(case, target):
+        return None
+    leaves = [t.detach().to(target.dtype).requires_grad_() for t in (a, weight)]
+    z = F.conv2d(*leaves, padding=case.dilation, **case.conv)
+    return torch.autograd.grad(z, leaves, dz.to(target.dtype))
+
+
+def uses_torch(case: Case, target: Target) -> bool:
+    return target.backend == "reference" or case.groups == 1
+
+
+def assert_exactly(
+    name: str, actual: Tensor, truth: Tensor, dtype: torch.dtype, peer: Tensor | None = None
+) -> None:
+    """`actual` is `truth` rounded once to `dtype`, or as near to it as `peer`."""
+    if peer is not None:
+        assert_as_exact_as_torch(name, actual, truth, peer, 0.0)
+        return
+    assert actual.dtype == dtype, f"{name}: {actual.dtype}"
+    assert actual.shape == truth.shape, f"{name}: {tuple(actual.shape)}"
+    wrong = (actual != truth.to(dtype)).nonzero()
+    assert not len(wrong), (
+        f"{name}: {len(wrong)} of {truth.numel()} elements wrong, at {wrong[0].tolist()}: "
+        f"{actual[tuple(wrong[0])].item()} for {truth[tuple(wrong[0])].item()}"
+    )
+
+
+def assert_channels_last(name: str, t: Tensor) -> None:
+    assert t.is_contiguous(memory_format=torch.channels_last), f"{name}: strides {t.stride()}"
+
+
+@each_case
+def test_conv_affine_relu(case: Case, target: Target) -> None:
+    target.require(case)
+    t = Exact(case, target)
+    for residual, prologue in itertools.product(BOTH, BOTH):
+        y = target.module.conv_affine_relu(
+            t.x,
+            t.weight,
+            t.scale,
+            t.shift,
+            residual=t.residual if residual else None,
+            prologue=t.prologue(prologue),
+            **case.conv,
+        )
+        pre = affine(t.conv(t.activation(prologue)), t.scale, t.shift)
+        truth = F.relu(pre + t.residual.double() if residual else pre)
+        if uses_torch(case, target):
+            truth = affine(
+                t.conv(t.activation(prologue)).to(target.dtype).double(), t.scale, t.shift
+            )
+            truth = F.relu(truth + t.residual.double() if residual else truth)
+        assert_exactly(f"y, {residual=}, {prologue=}", y, truth, target.dtype)
+        assert_channels_last("y", y)
+
+
+@each_case
+def test_conv_stats(case: Case, target: Target) -> None:
+    target.require(case)
+    t = Exact(case, target)
+    for prologue in BOTH:
+        args = {"prologue": t.prologue(prologue), **case.conv}
+        z, mean, var = target.module.conv_stats(t.x, t.weight, **args)
+        truth = t.conv(t.activation(prologue))
+        assert_exactly(f"z, {prologue=}", z, truth, target.dtype)
+        assert_channels_last("z", z)
+        if case.n:
+            assert_statistics(target, truth, mean, var)
+        z, mean, var = target.module.conv_stats(t.x, t.weight, stats=False, **args)
+        assert_exactly(f"z without statistics, {prologue=}", z, truth, target.dtype)
+        assert mean.numel() == var.numel() == 0
+
+
+def assert_statistics(target: Target, z: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Biased statistics of z as stored or before its rounding; either is right."""
+    exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), unbiased=False)
+    vector = torch.float64 if target.dtype == torch.float64 else torch.float32
+    peer_var, peer_mean = torch.var_mean(z.to(target.dtype).to(vector), (0, 2, 3), unbiased=False)
+    m = z.numel() / z.shape[1]
+    # a sum of M float32 terms is off by about sqrt(M) roundings of one term
+    rounding = torch.finfo(vector).eps * m**0.5
+    assert_as_exact_as_torch("mean", mean, exact_mean, peer_mean, rounding * largest(z) / m**0.5)
+    assert_as_exact_as_torch("var", var, exact_var, peer_var, rounding * largest(exact_var))
+
+
+@each_case
+def test_batch_stats(case: Case, target: Target) -> None:
+    target.require(case)
+    if not case.n:
+        pytest.skip("statistics of nothing: torch's own are NaN")
+    t = Exact(case, target)
+    assert_statistics(target, t.z.double(), *target.module.batch_stats(t.z))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -3e5], ids=lambda v: f"mean{v:g}")
+@few_cases
+def test_statistics_of_a_large_mean(case: Case, offset: float, target: Target) -> None:
+    """Channels with different offsets, one of them constant; deviation 1."""
+    if target.dtype == torch.float16:
+        offset /= 100  # 3e5 would be infinite
+    target.require(case)
+    z = torch.randn(case.out_shape, dtype=torch.float64) + offset
+    z *= torch.linspace(0.5, 2, case.k, dtype=torch.float64)[:, None, None]
+    z[:, 1] = offset
+    z = z.to(target.device, target.dtype).contiguous(memory_format=torch.channels_last)
+    assert_statistics_of_both(target, case.groups, z)
+
+
+@pytest.mark.parametrize("pixel", [0, 300, 783])
+def test_statistics_with_one_hot_pixel(pixel: int, target: Target) -> None:
+    """A value far off the others is no origin to take the others relative to."""
+    case = Case(1, 128, 28, 28, groups=32)
+    target.require(case)
+    z = torch.randn(case.out_shape, dtype=torch.float64)
+    z[..., pixel // 28, pixel % 28] = 1000
+    z = z.to(target.device, target.dtype).contiguous(memory_format=torch.channels_last)
+    assert_statistics_of_both(target, case.groups, z)
+
+
+def test_statistics_of_many_images(target: Target) -> None:
+    """More images than threads take at a time, each with a mean of its own."""
+    case = Case(40, 64, 3, 5, groups=16)
+    target.require(case)
+    z = torch.randn(case.out_shape, dtype=torch.float64)
+    z += torch.arange(-20.0, 20.0, dtype=torch.float64)[:, None, None, None]
+    z = z.to(target.device, target.dtype).contiguous(memory_format=torch.channels_last)
+    assert_statistics_of_both(target, case.groups, z)
+
+
+def assert_statistics_of_both(target: Target, groups: int, z: Tensor) -> None:
+    """z by itself, and the same through a convolution's epilogue: one tap, one channel each."""
+    assert_statistics(target, z.double(), *target.module.batch_stats(z))
+    n, k, h, w = z.shape
+    target.require(Case(n, k, h, w, groups=groups))
+    weight = torch.zeros(k, k // groups, 3, 3).to(z)
+    weight[torch.arange(k), torch.arange(k) % (k // groups), 1, 1] = 1
+    copied, mean, var = target.module.conv_stats(z, weight, groups=groups)
+    assert torch.equal(copied, z)
+    assert_statistics(target, z.double(), mean, var)
+
+
+@each_case
+def test_normalize_relu(case: Case, target: Target) -> None:
+    target.require(case)
+    t = Exact(case, target)
+    alone = affine(t.z.double(), t.scale, t.shift)
+    residual = t.residual.double()
+    res_affine = (t.res_scale, t.res_shift)
+    for kwargs, pre in (
+        ({}, alone),
+        ({"residual": t.residual}, alone + residual),
+        (
+            {"residual": t.residual, "residual_affine": res_affine},
+            alone + affine(residual, *res_affine),
+        ),
+    ):
+        y = target.module.normalize_relu(t.z, t.scale, t.shift, **kwargs)
+        assert_exactly(f"y of {list(kwargs)}", y, F.relu(pre), target.dtype)
+        assert_channels_last("y", y)
+
+
+@each_case
+def test_bn_relu_backward(case: Case, target: Target) -> None:
+    target.require(case)
+    t = Exact(case, target)
+    xhat = affine(t.z.double(), t.rstd, -t.mean * t.rstd)
+    for from_y in BOTH:
+        sum_g, sum_g_xhat = target.module.bn_relu_backward(
+            t.dy, t.z, t.scale, t.shift, t.mean, t.rstd, y=t.y(from_y)
+        )
+        g = t.masked_dy(from_y)
+        name = f"with {from_y=}"
+        assert_exactly(f"sum_g {name}", sum_g, g.sum((0, 2, 3)), t.scale.dtype)
+        assert_exactly(f"sum_g_xhat {name}", sum_g_xhat, (g * xhat).sum((0, 2, 3)), t.scale.dtype)
+
+
+@each_case
+def test_bn_relu_input_gradient(case: Case, target: Target) -> None:
+    target.require(case)
+    t = Exact(case, target)
+    for from_y, inplace, frozen in itertools.product(BOTH, BOTH, BOTH):
+        dy, truth = t.dy.clone(), t.dz(from_y, frozen)
+        b, c = (None, None) if frozen else (t.b, t.c)
+        dz = target.module.bn_relu_input_gradient(
+            dy, t.z, t.scale, t.shift, t.a, b, c, y=t.y(from_y), inplace=inplace
+        )
+        assert_exactly(f"dz, {from_y=}, {inplace=}, {frozen=}", dz, truth, target.dtype)
+        assert_channels_last("dz", dz)
+        assert inplace or torch.equal(t.dy, dy)
+
+
+@each_case
+def test_conv_backward(case: Case, target: Target) -> None:
+    """dx and dweight, together and each alone, with and without BatchNorm's gradient on load."""
+    target.require(case)
+    t = Exact(case, target)
+    for bn, prologue in (("dy", False), ("recomputed", True), ("from y", False), ("frozen", True)):
+        kwargs: dict[str, Any] = {"prologue": t.prologue(prologue), **case.conv}
+        if bn != "dy":
+            b, c = (None, None) if bn == "frozen" else (t.b, t.c)
+            kwargs |= {"bn": (t.z, t.scale, t.shift, t.a, b, c), "y": t.y(bn == "from y")}
+        a = t.activation(prologue).requires_grad_()
+        weight = t.weight.double().requires_grad_()
+        z = conv2d(a, weight, **case.conv)
+        dz = t.dy.double() if bn == "dy" else t.dz(bn == "from y", frozen=bn == "frozen")
+        truth = torch.autograd.grad(z, [a, weight], dz)
+        peer = by_torch(case, target, a, weight, dz) or (None, None)
+        for need_dx, need_dweight in ((True, True), (True, False), (False, True)):
+            dx, dweight = target.module.conv_backward(
+                t.dy, t.x, t.weight, need_dx=need_dx, need_dweight=need_dweight, **kwargs
+            )
+            name = f"{bn=}, {prologue=}, {need_dx=}, {need_dweight=}"
+            assert (dx is None, dweight is None) == (not need_dx, not need_dweight)
+            if need_dx:
+                assert_exactly(f"dx, {name}", dx, truth[0], target.dtype, peer[0])
+                assert_channels_last("dx", dx)
+            if need_dweight:
+                assert_exactly(f"dweight, {name}", dweight, truth[1], target.dtype, peer[1])
+
+
+@each_case
+def test_nan_passes_the_relu(case: Case, target: Target) -> None:
+    """relu(NaN) is NaN, and the gradient passes where relu's argument is NaN."""
+    target.require(case)
+    if not case.n:
+        pytest.skip("no element to be NaN")
+    t = Exact(case, target)
+    at = tuple(size // 2 for size in case.out_shape)
+    t.z[at] = float("nan")
+    y = target.module.normalize_relu(t.z, t.scale, t.shift)
+    assert torch.equal(y.isnan(), t.z.isnan())
+    assert_exactly(
+        "y",
+        y.nan_to_num(-7),
+        F.relu(affine(t.z.double(), t.scale, t.shift)).nan_to_num(-7),
+        target.dtype,
+    )
+    t.b.zero_()
+    t.a[:], t.dy[at] = 1, 3
+    sum_g, _ = target.module.bn_relu_backward(t.dy, t.z, t.scale, t.shift, t.mean, t.rstd)
+    pre = affine(t.z.double(), t.scale, t.shift)
+    g = torch.where(pre <= 0, 0.0, t.dy.double())
+    assert g[at] == 3
+    assert_exactly("sum_g", sum_g, g.sum((0, 2, 3)), t.scale.dtype)
+    sum_g, _ = target.module.bn_relu_backward(t.dy, t.z, t.scale, t.shift, t.mean, t.rstd, y=y)
+    assert_exactly("sum_g with y", sum_g, g.sum((0, 2, 3)), t.scale.dtype)
+
+
+@few_cases
+def test_inputs_are_left_alone(case: Case, target: Target) -> None:
+    target.require(case)
+    t, f = Exact(case, target), target.module
+    tensors = [v for v in vars(t).values() if isinstance(v, Tensor)]
+    before = [v.clone() for v in tensors]
+    bn = (t.z, t.scale, t.shift, t.a, t.b, t.c)
+    prologue = (t.in_scale, t.in_shift)
+    f.conv_affine_relu(
+        t.x, t.weight, t.scale, t.shift, residual=t.residual, prologue=prologue, **case.conv
+    )
+    f.conv_stats(t.x, t.weight, prologue=prologue, **case.conv)
+    f.normalize_relu(t.z, t.scale, t.shift, residual=t.residual)
+    f.bn_relu_backward(t.dy, t.z, t.scale, t.shift, t.mean, t.rstd)
+    f.bn_relu_input_gradient(t.dy, *bn)
+    f.conv_backward(t.dy, t.x, t.weight, bn=bn, prologue=prologue, **case.conv)
+    assert all(torch.equal(v, b) for v, b in zip(tensors, before, strict=True))

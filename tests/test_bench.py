@@ -1,0 +1,444 @@
+"""The harness judged by itself: wrong, slow and impossible kernels, its bounds, its reports."""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the harness needs the extra [bench]")
+pytest.importorskip("cpuinfo", reason="the harness needs the extra [bench]")
+
+from bench import __main__ as cli
+from bench import cases, peers, report, sweep, timing
+from bench.cases import Case
+from bench.peers import OURS, Candidate, Workload
+
+ROOT = Path(__file__).parent.parent
+SMALL = Case("op", "eval", 2, 8, c=16, groups=4)
+FAST = timing.Method(rounds=3, min_time_ms=0.5, threads=1)
+INSTANT = ("eager", "folded", "loop")
+
+
+class NoFloor(timing.Roofline):
+    """A machine of which nothing is measured, so that no row beats its floor."""
+
+    def floor_ms(self, flops: float, bytes_moved: int, dtype: str) -> float:
+        return 1e-9
+
+
+def replaced(name: str, change: Callable[[Candidate], Candidate]) -> Any:
+    """A `build` for `sweep.measure` that changes one candidate."""
+
+    def build(work: Workload, wanted: str) -> Candidate:
+        # eager stands in for ours: this is about the harness, not about a kernel
+        candidate = work.build("eager" if wanted == OURS else wanted)
+        return change(candidate) if wanted == name else candidate
+
+    return build
+
+
+def measured(change: Callable[[Candidate], Candidate], name: str = OURS) -> sweep.Row:
+    return sweep.measure(SMALL, FAST, NoFloor(FAST), INSTANT, replaced(name, change))
+
+
+def altered(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Candidate], Candidate]:
+    def wrong(candidate: Candidate) -> Candidate:
+        return candidate._replace(run=lambda: tuple(change(t) for t in candidate.run()))
+
+    return wrong
+
+
+def full_report(rows: list[sweep.Row]) -> report.Report:
+    return {
+        "schema": sweep.SCHEMA, "suite": "sweep", "complete": True, "seconds": 1,
+        "created": "2000-01-01T00:00:00+00:00", "commit": "0" * 12, "versions": {"torch": "2.6"},
+        "machine": {"cpu": "a CPU", "cores": 2, "kernel_isa": "avx2", "gpu": None},
+        "method": {"rounds": 3, "min_time_ms": 1.0, "threads": 2, "device": "cpu"},
+        "roofline": {"peak_gflops float32": 100.0, "copy_gb_s 1048576": 9.0},
+        "absent": {}, "summary": sweep.summarise(rows), "rows": rows,
+    }  # fmt: skip
+
+
+def made_row(case: Case, ours: float = 1.0, eager: float = 2.0, spread: float = 0.01) -> sweep.Row:
+    """A row as `sweep.measure` returns it, with the given medians."""
+    times = {
+        name: {"median": t, "q1": t * (1 - spread), "q3": t * (1 + spread), "rounds": 9}
+        for name, t in ((OURS, ours), ("eager", eager))
+    }
+    row = {
+        "id": case.id, "label": case.label, **vars(case), "stage": case.stage, "bar": case.bar,
+        "bar_peers": list(case.bar_peers), "absent": {}, "failed": {}, "errors": {}, "flags": [],
+        "times_ms": times, "flops": case.flops, "bytes_moved": case.bytes_moved,
+        "saved_bytes": {OURS: 1 << 20, "eager": 2 << 20},
+        "peak_bytes": {OURS: 1 << 20, "eager": 2 << 20},
+    }  # fmt: skip
+    return sweep.finish(row, NoFloor(FAST))
+
+
+# A candidate that is wrong gets no number
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t * 1.001,
+        lambda t: t + 1e-4,
+        lambda t: t.index_fill(1, torch.tensor([3]), 0.0),
+        lambda t: t.where(t != t.max(), float("nan")),
+        lambda t: t[:, :-1],
+        lambda t: t.bfloat16().float(),
+    ],
+    ids=["scaled", "shifted", "channel-lost", "nan", "shape", "rounded-to-bf16"],
+)
+def test_wrong_kernel_gets_no_number(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    row = measured(altered(change))
+    assert "wrong y" in row["failed"][OURS]
+    assert not row["times_ms"]
+    assert "speedup" not in row
+    text = report.table(full_report([row])) + report.notes(full_report([row]))
+    assert "FAILED" in text
+    assert sweep.summarise([row])["failed"] == 1
+
+
+def test_raising_kernel_is_a_failed_row() -> None:
+    def raising(candidate: Candidate) -> Candidate:
+        def run() -> Any:
+            raise RuntimeError("illegal memory access")
+
+        return candidate._replace(run=run)
+
+    row = measured(raising)
+    assert row["failed"][OURS] == "RuntimeError: illegal memory access"
+    assert not row["times_ms"]
+
+
+def test_wrong_peer_does_not_count() -> None:
+    row = measured(altered(lambda t: t * 1.001), name="folded")
+    assert "wrong y" in row["failed"]["folded"]
+    assert set(row["times_ms"]) == {OURS, "eager", "loop"}
+    assert row["best_peer"] != "folded"
+
+
+@pytest.mark.parametrize("result", ["dx", "dweight", "dgamma", "dbeta", "running_var"])
+def test_wrong_gradient_is_found(result: str) -> None:
+    case = Case("op", "forward+backward", 2, 8, c=16, groups=4)
+    work = peers.workload(case)
+    candidate = work.build("eager")
+    results = candidate.results(candidate.run())
+    allowed = peers.eager_errors(work)
+    assert peers.check(work, results, allowed).passed
+    results[result] = results[result] * 1.001
+    verdict = peers.check(work, results, allowed)
+    assert not verdict.passed
+    assert verdict.result == result
+
+
+# A candidate that is slow shows as slow
+
+
+def test_slow_kernel_shows_as_slow() -> None:
+    def slowed(candidate: Candidate) -> Candidate:
+        def run() -> Any:
+            time.sleep(0.02)
+            return candidate.run()
+
+        return candidate._replace(run=run)
+
+    row = measured(slowed)
+    assert row["times_ms"][OURS]["median"] >= 20
+    assert row["speedup"] < 0.5
+    assert row["speedup"] == min(row["speedups"].values())
+    assert sweep.summarise([row])["slower"] == [row["id"]]
+
+
+def test_candidates_take_turns() -> None:
+    calls: list[str] = []
+    runs: dict[str, timing.Run] = {name: partial(calls.append, name) for name in "ab"}
+    found = timing.interleaved(runs, timing.Method(rounds=4, min_time_ms=1e-6, threads=1))
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 4, "b": 4}
+    order = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
+    assert order == list("ab" * 5)  # the first turn tells how many calls a turn needs
+
+
+# The floor
+
+
+def test_beaten_floor_is_flagged() -> None:
+    class Slow(NoFloor):
+        def floor_ms(self, flops: float, bytes_moved: int, dtype: str) -> float:
+            return 1.5
+
+    row = sweep.finish(made_row(SMALL, ours=1.0, eager=2.0), Slow(FAST))
+    assert row["flags"] == ["beats the floor: ours at 1.50 of it"]
+    within = sweep.finish(made_row(SMALL, ours=1.49, spread=0.02), Slow(FAST))
+    assert within["flags"] == []
+
+
+def test_floor_is_the_larger_of_its_two_sides() -> None:
+    roofline = timing.Roofline(FAST)
+    roofline._best = {"flops float32": 100e9, f"copy {2**20}": 10e9}
+    assert roofline.floor_ms(1e9, 2**20, "float32") == pytest.approx(10.0)
+    assert roofline.floor_ms(1e6, 2**20, "float32") == pytest.approx(2**20 / 10e6)
+
+
+def test_machine_is_measured() -> None:
+    roofline = timing.Roofline(timing.Method(rounds=2, min_time_ms=1, threads=1))
+    assert 1e8 < roofline.flops("float32") < 1e14
+    assert 1e8 < roofline.bandwidth(2**20) < 1e13
+    roofline.refresh()
+    assert set(roofline.as_json()) == {"peak_gflops float32", f"copy_gb_s {2**20}"}
+
+
+def test_flops_and_bytes() -> None:
+    case = Case("op", "eval", 8, 56, c=128, groups=32)
+    assert case.flops == 2 * 8 * 56 * 56 * 128 * 4 * 9
+    assert case.bytes_moved == 4 * (2 * 8 * 56 * 56 * 128 + 128 * 4 * 9)
+    both = Case("op", "forward+backward", 8, 56, c=256, groups=32, stride=2)
+    assert both.flops == 3 * 2 * 8 * 28 * 28 * 256 * 8 * 9
+    x, y, weight = 8 * 56 * 56 * 256, 8 * 28 * 28 * 256, 256 * 8 * 9
+    assert both.bytes_moved == 4 * (3 * x + 4 * y + 3 * weight)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_block_flops_are_those_that_torch_counts(stride: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = Case("block", "eval", 1, 14 * stride, c=512, groups=32, stride=stride)
+    module, x = peers.eager_module(case), peers.module_input(case)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        module(x)
+    assert counter.get_total_flops() == case.flops
+
+
+# Memory
+
+
+def test_memory_is_counted() -> None:
+    x = torch.ones(1000, 1000, requires_grad=True)
+    assert timing.saved_bytes(lambda: (x * 2).exp().exp()) == 2 * 4_000_000
+    assert timing.peak_bytes(lambda: x.detach() + 1, "cpu") == pytest.approx(4e6, rel=1e-3)
+    assert timing.peak_bytes(lambda: (x.detach() + 1).add(1).add(1), "cpu") == pytest.approx(
+        8e6, rel=1e-3
+    )
+
+
+# Cases and candidates
+
+
+def test_every_op_peer_is_right() -> None:
+    for mode in cases.PASSES:
+        for stride in (1, 2):
+            work = peers.workload(Case("op", mode, 2, 9, c=16, groups=4, stride=stride))
+            allowed = peers.eager_errors(work)
+            for name in peers.peers_of(Case("op", mode, 2, 9, c=16, groups=4), INSTANT)[0]:
+                candidate = work.build(name)
+                verdict = peers.check(work, candidate.results(candidate.run()), allowed)
+                assert verdict.passed, f"{mode} {name}: {verdict}"
+
+
+@pytest.mark.parametrize("mode", cases.PASSES)
+def test_ours_is_right_at_every_level(mode: str) -> None:
+    rows = [Case("op", mode, 2, 9, c=16, groups=4), Case("block", mode, 2, 7, c=1024, groups=32)]
+    if mode != "forward":
+        rows.append(Case("network", mode, 2, 64, model="resnext14_4x4d"))
+    for case in rows:
+        work = peers.workload(case)
+        candidate = work.build(OURS)
+        verdict = peers.check(work, candidate.results(candidate.run()), peers.eager_errors(work))
+        assert verdict.passed, f"{case.id}: {verdict}"
+
+
+def test_bars() -> None:
+    asked = {case.id: case.bar for case in cases.bars() if case.bar is not None}
+    assert len(asked) == 2 * 4 + (4 + 3) + 2 * 4 + 2
+    assert asked["op-eval-n8-h56-c128-g32-s1-float32-channels_last-cpu"] == 3.5
+    assert asked["op-eval-n1-h7-c1024-g32-s1-float32-channels_last-cpu"] == 1.05
+    assert asked["op-forward+backward-n8-h56-c256-g32-s2-float32-channels_last-cpu"] == 2.0
+    family = [c for c in cases.bars() if c.mode == "eval" and c.n == 8 and c.dtype == "float32"]
+    assert len([c for c in family if c.level == "op"]) == 4 * 5
+
+
+def test_ids_are_unique() -> None:
+    for suite in (cases.bars(), cases.quick(), cases.sweep(), cases.gpu()):
+        assert len({case.id for case in suite}) == len(suite)
+
+
+def test_equal_complexity_widths() -> None:
+    widths = [cases.layer(1, g, d)["c"] for g, d in cases.EQUAL_COMPLEXITY]
+    assert widths == [64, 80, 96, 112, 128]
+    assert cases.layer(3, 32, 4, stride=2) == {"size": 28, "c": 512, "groups": 32, "stride": 2}
+
+
+def test_absent_peer_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    case = Case("network", "eval", 1, 224, model="resnext50_32x4d")
+    present, absent = peers.peers_of(case)
+    assert present == ["eager", "compile"]
+    assert absent["openvino"] == "openvino not installed: pip install '.[bench]'"
+
+
+# Reports
+
+
+def test_report_survives_the_file(tmp_path: Path) -> None:
+    result = full_report([made_row(case) for case in cases.quick() if case.level == "op"])
+    report.save(result, tmp_path / "a.json")
+    loaded = report.load(tmp_path / "a.json")
+    assert report.table(loaded) == report.table(report.load(tmp_path / "a.json"))
+    assert loaded["rows"][0]["speedup"] == 2.0
+    assert loaded["machine"] == result["machine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not JSON"), ("[]", "schema"), ('{"schema": 0}', "schema")]
+)
+def test_bad_report_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        report.load(path)
+    with pytest.raises(ValueError, match="No such file"):
+        report.load(tmp_path / "none.json")
+
+
+def test_compare_tells_what_moved() -> None:
+    rows = [case for case in cases.bars() if case.level == "op"][:4]
+    before = full_report([made_row(case) for case in rows])
+    after = copy.deepcopy(before)
+    after["rows"][0] = made_row(rows[0], ours=1.3)
+    after["rows"][1] = made_row(rows[1], ours=0.7)
+    after["rows"][2] = made_row(rows[2], ours=1.01)
+    del after["rows"][3]
+    lines = report.compare(before, after).splitlines()
+    moved = [line.split("|")[-2].strip() for line in lines if line.startswith("| ")][2:]
+    assert moved == ["slower", "faster", ""]
+    assert "3 rows in both, 2 moved beyond their spread" in lines
+    assert lines[-1] == f"only in A: {rows[3].id}"
+
+
+def test_missed_bar_is_marked() -> None:
+    case = Case("op", "eval", 8, 56, c=128, groups=32)
+    missed, reached = made_row(case, ours=1.0, eager=3.4), made_row(case, ours=1.0, eager=3.6)
+    assert report.bar_cell(missed) == "3.40x of 3.5x MISSED"
+    assert report.bar_cell(reached) == "3.60x of 3.5x"
+    assert "bars: 1 of 2 reached, 1 missed, 0 failed" in report.notes(
+        full_report([missed, reached])
+    )
+
+
+def test_readme_shows_the_committed_results() -> None:
+    committed = report.committed()
+    if not committed:
+        pytest.skip("no results in bench/results yet")
+    text = (ROOT / "README.md").read_text()
+    assert report.rewrite_readme(text, report.readme_block(committed)) == text, (
+        "README's table is not that of bench/results: run python -m bench --readme"
+    )
+
+
+def test_readme_block() -> None:
+    result = full_report([made_row(case) for case in cases.bars() if case.level == "op"])
+    block = report.readme_block([("cpu.json", result)])
+    text = f"head\n{report.BEGIN}\nold\n{report.END}\ntail\n"
+    new = report.rewrite_readme(text, block)
+    assert new == f"head\n{report.BEGIN}\n{block}\n{report.END}\ntail\n"
+    assert report.rewrite_readme(new, block) == new
+    assert "2.00x" in block
+    with pytest.raises(ValueError, match="README needs"):
+        report.rewrite_readme("no markers", block)
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    plots = pytest.importorskip("bench.plots")
+    rows = [made_row(case) for case in cases.sweep() if case.level == "op"]
+    drawn = plots.draw(full_report(rows), tmp_path / "cpu")
+    assert [path.name for path in drawn] == [
+        "cpu-speedup.png",
+        "cpu-roofline.png",
+        "cpu-memory.png",
+    ]
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+    assert plots.draw(full_report([]), tmp_path / "none") == []
+
+
+# Command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "all"], "invalid choice: 'all'"),
+        (["--batch", "0"], "0 is not greater than zero"),
+        (["--batch", "x"], "'x' is not a number"),
+        (["--template", "32"], "'32' is not CARDINALITYxWIDTH"),
+        (["--suite", "bars", "--batch", "1"], "fixes its rows"),
+        (["--stage", "1", "--stride", "2", "--level", "op"], "leave no row"),
+        (["--model", "alexnet"], "alexnet is no network"),
+        (["--backend", "tpu"], "--backend tpu: available here are"),
+        (["--compare", "a.json", "b.json"], "No such file"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_wrong_option_is_explained(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--level", "op", "--template", "16x8", "--batch", "1", "--list"]) == 0
+    lines = capsys.readouterr().out.split()
+    assert len(lines) == 3 * 4
+    assert lines[0] == "op-eval-n1-h56-c128-g16-s1-float32-channels_last-cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_gpu_suite_says_what_it_skips(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--suite", "gpu"]) == 0
+    text = capsys.readouterr().out
+    assert "no CUDA device here. Skipped:" in text
+    assert f"{len(cases.gpu())} rows" in text
+
+
+def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    status = cli.main(
+        ["--level", "op", "--stage", "4", "--series", "stages", "--batch", "1", "--pass", "eval",
+         "--peer", "eager", "--rounds", "2", "--min-time", "1", "--output", str(path)]
+    )  # fmt: skip
+    assert status == 0
+    result = json.loads(path.read_text())
+    assert {"machine", "versions", "commit", "method", "roofline", "rows"} <= result.keys()
+    assert result["rows"][0]["times_ms"].keys() == {OURS, "eager"}
+    text = capsys.readouterr().out
+    assert "7, C=1024, 32x32, batch 1" in text
+    assert cli.main(["--compare", str(path), str(path)]) == 0
+    assert "0 moved beyond their spread" in capsys.readouterr().out
+
+
+def test_pytest_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    row = "op-eval-n1-h7-c1024-g32-s1-float32-channels_last-cpu-eager"
+
+    path = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", row]
+    command += ["--benchmark", f"--benchmark-json={path}", "--benchmark-max-time=0.01"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    (found,) = json.loads(path.read_text())["benchmarks"]
+    assert found["group"] == row.removesuffix("-eager")
+    assert found["stats"]["median"] > 0
+    assert found["extra_info"]["bar"] == 1.05

@@ -1,0 +1,229 @@
+"""Bad input raises before any kernel runs, and says which argument, what was given, what may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Target
+from torch import Tensor, nn
+
+from resnext_kernels import FusedGroupedBottleneck, GroupedConvBNReLU
+from resnext_kernels.functional import grouped_conv_bn_relu
+from resnext_kernels.problem import ConvProblem
+
+
+def arguments() -> dict[str, Any]:
+    """A good call: 16 to 24 channels in 8 groups."""
+    return {
+        "x": torch.randn(2, 16, 5, 6),
+        "weight": torch.randn(24, 2, 3, 3),
+        "gamma": torch.rand(24),
+        "beta": torch.rand(24),
+        "running_mean": torch.zeros(24),
+        "running_var": torch.ones(24),
+        "groups": 8,
+        "residual": torch.randn(2, 24, 5, 6),
+    }
+
+
+def call(**changes: Any) -> Tensor:
+    kwargs = arguments() | changes
+    names = ("x", "weight", "gamma", "beta", "running_mean", "running_var")
+    return grouped_conv_bn_relu(*[kwargs.pop(name) for name in names], **kwargs)
+
+
+# what is changed; the error; words of its text: the argument, what was given, what is allowed
+BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
+    "x of rank 3": ({"x": torch.randn(16, 5, 6)}, ValueError, ["x ", "(16, 5, 6)", "4 dim"]),
+    "x of rank 5": ({"x": torch.randn(1, 2, 16, 5, 6)}, ValueError, ["x ", "4 dim"]),
+    "x of integers": (
+        {"x": torch.ones(2, 16, 5, 6, dtype=torch.int32)},
+        TypeError,
+        ["x ", "int32", "float32", "bfloat16"],
+    ),
+    "x complex": (
+        {"x": torch.ones(2, 16, 5, 6, dtype=torch.complex64)},
+        TypeError,
+        ["x ", "complex64"],
+    ),
+    "x without height": ({"x": torch.randn(2, 16, 0, 6)}, ValueError, ["x ", "(2, 16, 0, 6)"]),
+    "x without channels": ({"x": torch.randn(2, 0, 5, 6)}, ValueError, ["x ", "(2, 0, 5, 6)"]),
+    "groups that do not divide C": ({"groups": 5}, ValueError, ["groups", "5", "16"]),
+    "groups that do not divide K": (
+        {"weight": torch.randn(23, 2, 3, 3)},
+        ValueError,
+        ["groups", "8", "23"],
+    ),
+    "groups 0": ({"groups": 0}, ValueError, ["groups", "0", "at least 1"]),
+    "groups negative": ({"groups": -8}, ValueError, ["groups", "-8", "at least 1"]),
+    "groups a float": ({"groups": 8.0}, TypeError, ["groups", "8.0", "int"]),
+    "stride 0": ({"stride": 0}, ValueError, ["stride", "0", "at least 1"]),
+    "stride a pair": ({"stride": (1, 1)}, TypeError, ["stride", "(1, 1)", "int"]),
+    "dilation 0": ({"dilation": 0}, ValueError, ["dilation", "0", "at least 1"]),
+    "dilation a float": ({"dilation": 1.5}, TypeError, ["dilation", "1.5", "int"]),
+    "weight of rank 3": ({"weight": torch.randn(24, 2, 9)}, ValueError, ["weight", "(24, 2, 9)"]),
+    "weight of another width": (
+        {"weight": torch.randn(24, 4, 3, 3)},
+        ValueError,
+        ["weight", "(24, 4, 3, 3)", "(K, 2, 3, 3)"],
+    ),
+    "weight of 5x5": (
+        {"weight": torch.randn(24, 2, 5, 5)},
+        ValueError,
+        ["weight", "(24, 2, 5, 5)", "3, 3"],
+    ),
+    "weight without channels": ({"weight": torch.randn(0, 2, 3, 3)}, ValueError, ["weight"]),
+    "weight of another dtype": (
+        {"weight": torch.randn(24, 2, 3, 3, dtype=torch.float64)},
+        TypeError,
+        ["weight", "float64", "float32"],
+    ),
+    "weight on another device": (
+        {"weight": torch.randn(24, 2, 3, 3, device="meta")},
+        ValueError,
+        ["weight", "meta", "cpu"],
+    ),
+    "residual of another shape": (
+        {"residual": torch.randn(2, 24, 5, 5)},
+        ValueError,
+        ["residual", "(2, 24, 5, 5)", "(2, 24, 5, 6)"],
+    ),
+    "residual that would broadcast": (
+        {"residual": torch.randn(2, 24, 1, 1)},
+        ValueError,
+        ["residual", "(2, 24, 1, 1)", "(2, 24, 5, 6)"],
+    ),
+    "residual at full size with stride 2": (
+        {"stride": 2},
+        ValueError,
+        ["residual", "(2, 24, 3, 3)"],
+    ),
+    "residual of another dtype": (
+        {"residual": torch.randn(2, 24, 5, 6).bfloat16()},
+        TypeError,
+        ["residual", "bfloat16", "float32"],
+    ),
+    "residual on another device": (
+        {"residual": torch.randn(2, 24, 5, 6, device="meta")},
+        ValueError,
+        ["residual", "meta", "cpu"],
+    ),
+    "eps negative": ({"eps": -1e-5}, ValueError, ["eps", "-1e-05", "at least 0"]),
+    "eps NaN": ({"eps": float("nan")}, ValueError, ["eps", "nan"]),
+    "unknown backend": (
+        {"backend": "gpu"},
+        ValueError,
+        ["backend", "'gpu'", "'cpu'", "'reference'"],
+    ),
+    "no running statistics in eval": (
+        {"running_mean": None, "running_var": None},
+        ValueError,
+        ["running_mean", "None"],
+    ),
+    "running mean alone": (
+        {"running_var": None, "training": True},
+        ValueError,
+        ["running_mean", "running_var"],
+    ),
+    "one value per channel": (
+        {
+            "x": torch.randn(1, 16, 1, 1),
+            "residual": torch.randn(1, 24, 1, 1),
+            "training": True,
+        },
+        ValueError,
+        ["Expected more than 1 value per channel when training", "1, 24, 1, 1"],
+    ),
+}
+for vector in ("gamma", "beta", "running_mean", "running_var"):
+    BAD |= {
+        f"{vector} of another length": ({vector: torch.ones(16)}, ValueError, [vector, "16", "24"]),
+        f"{vector} of rank 2": ({vector: torch.ones(24, 1)}, ValueError, [vector, "(24, 1)", "24"]),
+        f"{vector} of integers": (
+            {vector: torch.ones(24, dtype=torch.int64)},
+            TypeError,
+            [vector, "int64", "floating"],
+        ),
+        f"{vector} on another device": (
+            {vector: torch.ones(24, device="meta")},
+            ValueError,
+            [vector, "meta", "cpu"],
+        ),
+    }
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No function of any backend may be reached."""
+    from resnext_kernels import backends
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        pytest.fail("a kernel ran")
+
+    for name in backends.NAMES:
+        module = Target(name, torch.float32).module
+        for function in ("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats"):
+            monkeypatch.setattr(module, function, unreachable)
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_argument(name: str) -> None:
+    changes, error, words = BAD[name]
+    running = arguments()["running_mean"]
+    with pytest.raises(error) as raised:
+        call(**({"running_mean": running} | changes))
+    assert type(raised.value) is error
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{raised.value} lacks {missing}"
+    assert not running.any(), "running statistics changed before the error"
+
+
+def test_the_good_call_is_good() -> None:
+    assert call().shape == (2, 24, 5, 6)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "residual"])
+def test_requires_grad_does_not_hide_an_error(name: str) -> None:
+    bad = {"x": (2, 15, 5, 6), "weight": (24, 3, 3, 3), "residual": (2, 24, 4, 6)}[name]
+    with pytest.raises(ValueError, match=name):
+        call(**{name: torch.randn(bad, requires_grad=True), "training": True})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n": -1}, ["n ", "-1"]),
+        ({"h": 0}, ["h ", "0"]),
+        ({"w": 0}, ["w ", "0"]),
+        ({"c": 0}, ["c ", "0"]),
+        ({"k": 0}, ["k ", "0"]),
+        ({"stride": 0}, ["stride", "0"]),
+        ({"dilation": -1}, ["dilation", "-1"]),
+        ({"groups": 0}, ["groups", "0"]),
+        ({"groups": 3}, ["groups", "3", "16"]),
+        ({"k": 20}, ["groups", "8", "20"]),
+    ],
+    ids=str,
+)
+def test_problem_of_impossible_size(changes: dict[str, int], words: list[str]) -> None:
+    good = {"n": 1, "h": 5, "w": 5, "c": 16, "k": 24, "groups": 8}
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        ConvProblem(**(good | changes))
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_modules_refuse_what_they_cannot_serve() -> None:
+    with pytest.raises(ValueError, match="groups"):
+        GroupedConvBNReLU(16, 24, 5)
+    for norm_layer in (lambda c: nn.GroupNorm(1, c), nn.InstanceNorm2d, nn.Identity):
+        with pytest.raises(TypeError, match="norm_layer"):
+            FusedGroupedBottleneck(64, 16, groups=8, norm_layer=norm_layer)
+    with pytest.raises(ValueError, match="16 channels"):
+        GroupedConvBNReLU(24, 24, 8)(torch.randn(2, 16, 5, 5))
+    with pytest.raises(ValueError, match="conv"):
+        GroupedConvBNReLU.of(nn.Conv2d(16, 16, 5, padding=2, bias=False), nn.BatchNorm2d(16))
+    with pytest.raises(ValueError, match="bn"):
+        GroupedConvBNReLU.of(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.GroupNorm(1, 16))
