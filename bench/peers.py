@@ -1,0 +1,589 @@
+"""Who runs: our kernels and the peers, each a `Candidate` over the same inputs.
+
+Every candidate of a row computes the same equation from the same tensors, allocates its results
+inside the call, and keeps its own running statistics (or its own copy of the model). What a frozen
+graph prepares once (folding, weight reordering, compilation) is prepared before the first call.
+
+    ours           resnext_kernels, through its public functions
+    ours float32   ours on float32 inputs, beside a row of a narrower dtype
+    eager          conv2d -> batch_norm -> relu_ of torch: oneDNN on a CPU, cuDNN on a GPU
+    eager nchw     the same on NCHW tensors (GPU, where it is sometimes the faster one)
+    folded         the batch norm folded into the weight, ReLU as post-op, weight reordered ahead
+    loop           the grouped convolution as a loop over its groups
+    compile        torch.compile of eager; with freezing in inference
+    onnxruntime, openvino   the exported model, networks in inference
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import DTYPES, LAYOUTS, Case
+
+OURS = "ours"
+PEERS = (
+    "eager",
+    "eager nchw",
+    "folded",
+    "loop",
+    "compile",
+    "onnxruntime",
+    "openvino",
+    "ours float32",
+)
+EPS = 1e-5
+TF32_EPS = 2.0**-10
+
+
+class Candidate(NamedTuple):
+    """``run`` is what is timed; ``results`` turns what it returned into named tensors to check."""
+
+    run: Callable[[], Any]
+    results: Callable[[Any], dict[str, Tensor]]
+
+
+class Workload(NamedTuple):
+    """A case made concrete: the float64 truth, and how to build each candidate."""
+
+    truth: dict[str, Tensor]
+    build: Callable[[str], Candidate]
+    bound: Callable[[str, float], float]  # (result's name, eager's error) -> largest error allowed
+    error: Callable[[Tensor, Tensor], float]
+
+
+def peers_of(case: Case, wanted: Sequence[str] = PEERS) -> tuple[list[str], dict[str, str]]:
+    """The peers that apply to a case, and those that would but are absent, with the reason."""
+    inference = case.mode == "eval"
+    applies = {
+        "eager": True,
+        "eager nchw": case.device == "cuda" and case.layout == "channels_last",
+        "folded": case.level == "op" and inference,
+        "loop": case.level == "op" and case.groups > 1,
+        "compile": True,
+        "onnxruntime": case.level == "network" and inference and case.device == "cpu",
+        "openvino": case.level == "network" and inference and case.device == "cpu",
+        "ours float32": case.level == "op" and case.dtype != "float32",
+    }
+    needs = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
+    present, absent = [], {}
+    for name in wanted:
+        if not applies[name]:
+            continue
+        missing = [m for m in needs.get(name, ()) if importlib.util.find_spec(m) is None]
+        if missing:
+            absent[name] = f"{' and '.join(missing)} not installed: pip install '.[bench]'"
+        else:
+            present.append(name)
+    return present, absent
+
+
+def usual_peers(case: Case, suite: str) -> tuple[str, ...]:
+    """The peers of a suite: those of the bar alone, or all but the compilations that add little.
+
+    A compilation takes longer than the rest of a row; over the cardinalities, where it runs the
+    same oneDNN kernels as eager and folded, it is left to ``--peer``.
+    """
+    if suite == "bars":
+        return case.bar_peers
+    compiled = suite != "quick" and (case.level != "op" or case.series == "stages")
+    return PEERS if compiled else tuple(name for name in PEERS if name != "compile")
+
+
+def workload(case: Case) -> Workload:
+    """Inputs, truth and candidates of a case."""
+    return _op_workload(case) if case.level == "op" else _module_workload(case)
+
+
+# ---------------------------------------------------------------------------------------- layer
+
+
+class Layer(NamedTuple):
+    """The tensors of one layer: x (N, C, H, W), weight (K, C/G, 3, 3), per-channel vectors, dy."""
+
+    x: Tensor
+    weight: Tensor
+    gamma: Tensor
+    beta: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    dy: Tensor
+
+
+Forward = Callable[..., Tensor]
+
+
+def layer_tensors(case: Case, seed: int = 0) -> Layer:
+    """Random tensors with statistics that are not trivial, and the gradient of y.
+
+    dy is zero where the ReLU's input lies within rounding of zero: there float32 and float64 may
+    disagree on the mask, and the comparison would measure luck.
+    """
+    g = torch.Generator().manual_seed(seed)
+    dtype, c = DTYPES[case.dtype], case.c
+    shape = (case.n, c, case.size, case.size)
+    x = torch.randn(shape, generator=g).to(dtype).to(memory_format=LAYOUTS[case.layout])
+    fan_in = 9 * c // case.groups
+    weight = (torch.randn(c, c // case.groups, 3, 3, generator=g) / fan_in**0.5).to(dtype)
+    gamma, beta = 0.5 + torch.rand(c, generator=g), 0.5 * torch.randn(c, generator=g)
+    gamma[::7] *= -1
+    mean, var = 0.1 * torch.randn(c, generator=g), 0.5 + torch.rand(c, generator=g)
+    dy = torch.randn(case.n, c, case.out_size, case.out_size, generator=g).to(dtype)
+    dy = dy.to(memory_format=LAYOUTS[case.layout])
+    t = Layer(*(t.to(case.device) for t in (x, weight, gamma, beta, mean, var, dy)))
+    if case.mode == "forward+backward":
+        z = _conv(t.x.double(), t.weight.double(), case)
+        pre = F.batch_norm(z, None, None, t.gamma.double(), t.beta.double(), True, 0.0, EPS)
+        single = TF32_EPS if case.device == "cuda" else 16 * torch.finfo(torch.float32).eps
+        kink = 4 * max(torch.finfo(dtype).eps, single)
+        t.dy.masked_fill_(pre.abs() <= kink * pre.abs().max(), 0)
+    return t
+
+
+def _conv(x: Tensor, weight: Tensor, case: Case) -> Tensor:
+    return F.conv2d(x, weight, stride=case.stride, padding=1, groups=case.groups)
+
+
+def _ours(case: Case) -> Forward:
+    from resnext_kernels.functional import grouped_conv_bn_relu
+
+    training = case.mode != "eval"
+
+    def forward(x, weight, gamma, beta, mean, var):  # type: ignore[no-untyped-def]
+        return grouped_conv_bn_relu(
+            x,
+            weight,
+            gamma,
+            beta,
+            mean,
+            var,
+            stride=case.stride,
+            groups=case.groups,
+            training=training,
+            momentum=0.1,
+            eps=EPS,
+            backend=case.backend,
+        )
+
+    return forward
+
+
+def _eager(case: Case) -> Forward:
+    training = case.mode != "eval"
+
+    def forward(x, weight, gamma, beta, mean, var):  # type: ignore[no-untyped-def]
+        z = _conv(x, weight, case)
+        return F.relu_(F.batch_norm(z, mean, var, gamma, beta, training, 0.1, EPS))
+
+    return forward
+
+
+def _loop(case: Case) -> Forward:
+    training = case.mode != "eval"
+
+    def forward(x, weight, gamma, beta, mean, var):  # type: ignore[no-untyped-def]
+        pairs = zip(x.chunk(case.groups, 1), weight.chunk(case.groups, 0), strict=True)
+        z = torch.cat([F.conv2d(xg, wg, stride=case.stride, padding=1) for xg, wg in pairs], 1)
+        return F.relu_(F.batch_norm(z, mean, var, gamma, beta, training, 0.1, EPS))
+
+    return forward
+
+
+def _folded(case: Case, t: Layer) -> Forward:
+    scale = t.gamma.double() * (t.running_var.double() + EPS).rsqrt()
+    weight = (t.weight.double() * scale.view(-1, 1, 1, 1)).to(t.weight.dtype)
+    bias = (t.beta.double() - t.running_mean.double() * scale).to(t.weight.dtype)
+    stride, one = [case.stride] * 2, [1, 1]
+    if case.device == "cuda":
+        weight = weight.contiguous(memory_format=LAYOUTS[case.layout])
+        return lambda x, *_: torch.cudnn_convolution_relu(
+            x, weight, bias, stride, one, one, case.groups
+        )
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
+        weight.to_mkldnn(), one, stride, one, case.groups, list(t.x.shape)
+    )
+    return lambda x, *_: torch.ops.mkldnn._convolution_pointwise(
+        x, packed, bias, one, stride, one, case.groups, "relu", [], ""
+    )
+
+
+class _EagerLayer(nn.Module):
+    """The eager layer as a module: freezing folds only what a module owns."""
+
+    def __init__(self, case: Case, t: Layer) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(case.c, case.c, 3, case.stride, 1, groups=case.groups, bias=False)
+        self.bn = nn.BatchNorm2d(case.c)
+        self.conv.weight = nn.Parameter(t.weight)
+        self.bn.weight, self.bn.bias = nn.Parameter(t.gamma), nn.Parameter(t.beta)
+        self.bn.running_mean, self.bn.running_var = t.running_mean, t.running_var
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu_(self.bn(self.conv(x)))
+
+
+def _compiled(case: Case, t: Layer) -> Forward:
+    torch._dynamo.reset()
+    if case.mode != "eval":
+        return torch.compile(_eager(case), dynamic=False)
+    module = torch.compile(_EagerLayer(case, t).eval(), dynamic=False, options={"freezing": True})
+    return lambda x, *_: module(x)
+
+
+def _run_op(forward: Forward, t: Layer, mode: str) -> Candidate:
+    """The pass of ``mode`` around a forward function, on a private copy of the statistics."""
+    mean, var = t.running_mean.clone(), t.running_var.clone()
+    leaves = [v.detach().requires_grad_(mode != "eval") for v in t[:4]]
+
+    def run_eval() -> tuple[Tensor, ...]:
+        with torch.inference_mode():
+            return (forward(*leaves, mean, var),)
+
+    def run_forward() -> tuple[Tensor, ...]:
+        return (forward(*leaves, mean, var), mean, var)
+
+    def run_both() -> tuple[Tensor, ...]:
+        y = forward(*leaves, mean, var)
+        return (y, mean, var, *torch.autograd.grad(y, leaves, t.dy))
+
+    run = {"eval": run_eval, "forward": run_forward, "forward+backward": run_both}[mode]
+    names = ("y", "running_mean", "running_var", "dx", "dweight", "dgamma", "dbeta")
+    return Candidate(run, lambda out: dict(zip(names, out, strict=False)))
+
+
+def _op_workload(case: Case) -> Workload:
+    t = layer_tensors(case)
+    double = Layer(*(v.double() for v in t))
+    exact = _run_op(_eager(case), double, case.mode)
+    truth = {k: v.detach() for k, v in exact.results(exact.run()).items()}
+
+    def build(name: str) -> Candidate:
+        tensors = t
+        if name == "ours float32":
+            tensors = Layer(*(v.float() for v in t))
+        elif name == "eager nchw":
+            tensors = t._replace(x=t.x.contiguous(), dy=t.dy.contiguous())
+        makers: dict[str, Callable[[], Forward]] = {
+            OURS: lambda: _ours(case),
+            "ours float32": lambda: _ours(case),
+            "eager": lambda: _eager(case),
+            "eager nchw": lambda: _eager(case),
+            "loop": lambda: _loop(case),
+            "folded": lambda: _folded(case, tensors),
+            "compile": lambda: _compiled(case, tensors),
+        }
+        return _run_op(makers[name](), tensors, case.mode)
+
+    pixels = case.n * case.out_size**2
+    terms = 9 * case.c // case.groups
+
+    def bound(result: str, eager_error: float) -> float:
+        """Twice what eager errs, one rounding to the dtype, and float32 sums of so many terms."""
+        summed = pixels if result in ("dweight", "dgamma", "dbeta", "running_mean") else terms
+        single = torch.finfo(torch.float32).eps
+        return 2 * eager_error + torch.finfo(DTYPES[case.dtype]).eps + single * summed**0.5
+
+    return Workload(truth, build, bound, max_error)
+
+
+def max_error(value: Tensor, truth: Tensor) -> float:
+    """The largest absolute error, relative to the largest value of the truth."""
+    if value.numel() == 0:
+        return 0.0
+    return ((value.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30)).item()
+
+
+def norm_error(value: Tensor, truth: Tensor) -> float:
+    """The error's Euclidean norm, relative to the truth's."""
+    return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+# ---------------------------------------------------------------------------- block and network
+
+
+def eager_module(case: Case) -> nn.Module:
+    """The block or network as plain torch modules, weights random, statistics of a forward pass."""
+    torch.manual_seed(0)
+    if case.level == "network":
+        module = _plain_network(case.model)
+    else:
+        from torchvision.models.resnet import Bottleneck
+
+        module = Bottleneck(*_block_arguments(case)[0], **_block_arguments(case)[1])
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for bn in norms:
+            bn.weight.uniform_(0.5, 1.5)
+            bn.bias.normal_(0, 0.2)
+            bn.momentum = 1.0
+        module.train()(module_input(case)[:2].float().cpu())
+    for bn in norms:
+        bn.momentum = 0.1
+    return module.to(memory_format=LAYOUTS[case.layout])
+
+
+def factory(name: str) -> Callable[[], nn.Module]:
+    """The factory of `resnext_kernels.models` of that name; ``resnext50_2x40d`` from its template.
+
+    ValueError when there is none.
+    """
+    from resnext_kernels import models
+
+    if name in models.__all__ and name.startswith(("resnet", "resnext5", "resnext1", "resnext29")):
+        return getattr(models, name)
+    parsed = re.fullmatch(r"resnext(\d+)_(\d+)x(\d+)d", name)
+    if not parsed:
+        raise ValueError(
+            f"{name} is no network of resnext_kernels.models nor resnext50_2x40d's like"
+        )
+    return partial(models.resnext, *map(int, parsed.groups()))
+
+
+def _plain_network(name: str) -> nn.Module:
+    """The network of our factory built from torchvision's blocks alone."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    ours: Any = factory(name)()
+    stages = [ours.get_submodule(f"layer{i + 1}") for i in range(ours.num_stages)]
+    conv2 = stages[0][0].conv2
+    layers = [*map(len, stages), 1][:4]
+    plain = ResNet(
+        Bottleneck, layers, groups=conv2.groups, width_per_group=conv2.out_channels // conv2.groups
+    )
+    if len(stages) < 4:  # the CIFAR networks
+        plain.layer4 = nn.Sequential()
+    plain.conv1, plain.maxpool, plain.fc = ours.conv1, ours.maxpool, ours.fc
+    plain.load_state_dict(ours.state_dict())
+    return plain
+
+
+def _block_arguments(case: Case) -> tuple[tuple[int, int], dict[str, Any]]:
+    """``(inplanes, planes)`` and the keyword arguments of torchvision's Bottleneck."""
+    inplanes = case.planes * (2 if case.stride > 1 else 4)
+    downsample = None
+    if case.stride > 1:
+        conv = nn.Conv2d(inplanes, case.planes * 4, 1, case.stride, bias=False)
+        downsample = nn.Sequential(conv, nn.BatchNorm2d(case.planes * 4))
+    width = math.ceil(case.c * 64 / (case.planes * case.groups))
+    return (inplanes, case.planes), {
+        "stride": case.stride,
+        "groups": case.groups,
+        "base_width": width,
+        "downsample": downsample,
+    }
+
+
+def module_input(case: Case) -> Tensor:
+    """A batch of images for a network, of feature maps for a block."""
+    channels = 3
+    if case.level == "block":
+        channels = case.planes * (2 if case.stride > 1 else 4)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(case.n, channels, case.size, case.size, generator=g)
+    return x.to(case.device, memory_format=LAYOUTS[case.layout])
+
+
+def _fused_module(case: Case, eager: nn.Module) -> nn.Module:
+    if case.level == "network":
+        from resnext_kernels.fuse import fuse
+
+        fuse(eager)
+        return eager
+    from resnext_kernels import FusedGroupedBottleneck
+
+    arguments, keywords = _block_arguments(case)
+    module = FusedGroupedBottleneck(*arguments, **keywords)
+    module.load_state_dict(eager.state_dict())
+    return module
+
+
+@contextmanager
+def _mode(case: Case, dtype: torch.dtype) -> Iterator[None]:
+    """Inference or training; narrower dtypes through autocast, as networks are run in practice."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    with (
+        torch.inference_mode(case.mode == "eval"),
+        torch.autocast(case.device, dtype, enabled=narrow),
+    ):
+        yield
+
+
+def _run_module(case: Case, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Candidate:
+    """Inference, the block's forward + backward, or the network's whole training step."""
+    module = module.to(case.device)
+    if case.mode == "eval":
+
+        def infer() -> Tensor:
+            with _mode(case, dtype):
+                return module(x)
+
+        return Candidate(infer, lambda y: {"y": y})
+    parameters = {k.removeprefix("_orig_mod."): p for k, p in module.named_parameters()}
+    if case.level == "block":
+        x = x.detach().requires_grad_()
+        dy = torch.randn(
+            case.n,
+            case.planes * 4,
+            case.out_size,
+            case.out_size,
+            generator=torch.Generator().manual_seed(2),
+        ).to(case.device, x.dtype, memory_format=LAYOUTS[case.layout])
+
+        def block() -> tuple[Tensor, ...]:
+            with _mode(case, dtype):
+                y = module(x)
+            if case.mode == "forward":
+                return (y,)
+            return (y, *torch.autograd.grad(y, (x, *parameters.values()), dy.to(y.dtype)))
+
+        return Candidate(block, lambda out: dict(zip(("y", "dx", *parameters), out, strict=False)))
+    optimizer = torch.optim.SGD(parameters.values(), lr=1e-4, momentum=0.9)
+    target = torch.arange(case.n, device=case.device) % 10
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with _mode(case, dtype):
+            loss = F.cross_entropy(module(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def results(loss: Tensor) -> dict[str, Tensor]:
+        grads = [p.grad.flatten() for p in parameters.values() if p.grad is not None]
+        return {"loss": loss, "gradients": torch.cat(grads)}
+
+    return Candidate(step, results)
+
+
+def _module_workload(case: Case) -> Workload:
+    eager = eager_module(case).train(case.mode != "eval")
+    x, dtype = module_input(case), DTYPES[case.dtype]
+    exact = _run_module(case, copy.deepcopy(eager).double(), x.double(), torch.float64)
+    truth = {k: v.detach().clone() for k, v in exact.results(exact.run()).items()}
+    del exact
+
+    def build(name: str) -> Candidate:
+        module, images = copy.deepcopy(eager), x
+        if name == OURS:
+            module = _fused_module(case, module).train(eager.training)
+            module.to(memory_format=LAYOUTS[case.layout])
+            return _with_backend(case, _run_module(case, module, images, dtype))
+        if name == "compile":
+            torch._dynamo.reset()
+            options: Any = {"freezing": True} if case.mode == "eval" else None
+            compiled = torch.compile(module, dynamic=False, options=options)
+            return _run_module(case, compiled, images, dtype)  # type: ignore[arg-type]
+        elif name == "eager nchw":
+            module, images = module.to(memory_format=torch.contiguous_format), x.contiguous()
+        elif name == "onnxruntime":
+            return _onnxruntime(module, images)
+        elif name == "openvino":
+            return _openvino(module, images)
+        return _run_module(case, module, images, dtype)
+
+    def bound(result: str, eager_error: float) -> float:
+        """Twice eager's error; a gradient also steps where a ReLU's input rounds across zero."""
+        eps = torch.finfo(dtype).eps
+        return 2 * eager_error + (8 * eps if result in ("y", "loss") else 4 * eps**0.5)
+
+    return Workload(truth, build, bound, norm_error)
+
+
+def _with_backend(case: Case, candidate: Candidate) -> Candidate:
+    name = case.backend
+    if name is None:
+        return candidate
+    from resnext_kernels import backends
+
+    def run() -> Any:
+        with backends.use(name):
+            return candidate.run()
+
+    return candidate._replace(run=run)
+
+
+def _onnxruntime(module: nn.Module, x: Tensor) -> Candidate:
+    import onnxruntime
+
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notes on its own deprecation
+        torch.onnx.export(module, (x,), file, dynamo=False)  # type: ignore[arg-type]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        file.getvalue(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return Candidate(lambda: session.run(None, feed), lambda out: {"y": torch.from_numpy(out[0])})
+
+
+def _openvino(module: nn.Module, x: Tensor) -> Candidate:
+    import openvino
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's notes
+        graph = openvino.convert_model(module, example_input=x, input=[list(x.shape)])
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.compile_model(graph, "CPU", settings)
+    feed = [x.contiguous().numpy()]
+    return Candidate(
+        lambda: compiled(feed, share_inputs=True, share_outputs=False),
+        lambda out: {"y": torch.from_numpy(out[0])},
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict on one candidate: the worst result's error and its bound."""
+
+    result: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+    def __str__(self) -> str:
+        return f"wrong {self.result}: error {self.error:.1e}, allowed {self.bound:.1e}"
+
+
+def eager_errors(work: Workload) -> dict[str, float]:
+    """The error of torch's own operations in the row's dtype, for each result."""
+    candidate = work.build("eager")
+    results = candidate.results(candidate.run())
+    return {name: work.error(results[name].detach(), truth) for name, truth in work.truth.items()}
+
+
+def check(work: Workload, results: dict[str, Tensor], allowed: dict[str, float]) -> Check:
+    """Compare a candidate's results with the float64 truth; the worst of them is returned.
+
+    ``allowed`` holds eager's errors, which set the bound.
+    """
+    checks = []
+    for name, truth in work.truth.items():
+        value = results[name].detach()
+        if value.shape != truth.shape:
+            shapes = f"{name} (shape {tuple(value.shape)}, not {tuple(truth.shape)})"
+            return Check(shapes, math.nan, 0.0)
+        error = work.error(value.to(truth.device), truth)
+        checks.append(Check(name, error, work.bound(name, allowed[name])))
+    return max(checks, key=lambda c: math.inf if math.isnan(c.error) else c.error / c.bound)
