@@ -6,18 +6,6 @@
 //
 // (Xie et al., 2017, section 3; Ioffe & Szegedy, 2015.) Memory is NHWC, accumulation float32.
 //
-// Lanes of a vector are neighbouring output channels. The nine taps of an input channel need its value in all lanes of
-// its group, which is a broadcast from memory when a group fills a vector, and a permutation of the loaded vector when
-// several groups share one:
-//
-//     4 channels a group, 8 lanes       pixel  | a0 a1 a2 a3 | b0 b1 b2 b3 |      groups a and b
-//                                       ci = 1 | a1 a1 a1 a1 | b1 b1 b1 b1 |
-//
-// A tile is one vector of channels times A neighbouring pixels of a row, accumulated in registers. For one (ky, ci) it
-// holds the three weights of kx and walks the columns once, so a value read serves three FMAs:
-//
-//     q = 0 1 2 3 4 ...    acc[q - kx] += w[kx] * a[q]
-//
 // Work is cut into chunks (whole groups, about kChunkChannels channels) x units (an image's band of pixels). A thread
 // copies a unit's input into its own scratch memory first, which is where everything that belongs to loading happens
 // once per element: conversion to float32, the prologue, dBN and dReLU, and the zeros around the image. The scratch is
@@ -26,158 +14,19 @@
 //     [block][ci][ky][kx][lane]
 #pragma once
 
-#include "kernels.h"
+#include <type_traits>
+
+#include "plan.h"
 #include "pointwise.h"
-#include "simd.h"
+#include "tiles.h"
+#include "winograd.h"
 
 namespace resnext_kernels::cpu::RK_ISA {
 
 // ---- configuration
-constexpr int64_t kChunkChannels = 128;        // wide pieces of a pixel touch few memory pages at a time
-constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this
-constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
-constexpr int64_t kBandColumns = 64;
-constexpr int64_t kLongRow = 14;                   // from here on a row's work hides reading the chunk's weights anew
-constexpr int64_t kWeightTileFloats = 4 * 1024;    // 16 KiB of a and dz, half of the first-level cache
-constexpr int kTile = kRegisters == 16 ? 10 : 14;  // accumulators; + 3 weights + index + input
+constexpr int64_t kLongRow = 14;                 // from here on a row's work hides reading the chunk's weights anew
+constexpr int64_t kWeightTileFloats = 4 * 1024;  // 16 KiB of a and dz, half of the first-level cache
 constexpr int kWeightInputs = kRegisters == 16 ? 4 : 8;  // input channels of a dweight tile, 3 accumulators each
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// ---- how groups map to vectors
-enum class Access { broadcast, quads, lanes };  // how an input channel reaches the lanes of its group
-
-// One vector of output channels: offsets within the chunk.
-struct Block {
-  int64_t out, in;
-  int lanes;
-};
-
-// A convolution from din to dout channels per group.
-struct Blocks {
-  int64_t din, dout;
-  int64_t groups_per_block;  // > 1: a vector holds several whole groups
-  int64_t blocks_per_group;  // of a group wider than half a vector
-
-  Blocks(int64_t din, int64_t dout)
-      : din(din),
-        dout(dout),
-        groups_per_block(max(1, kLanes / max(din, dout))),
-        blocks_per_group(groups_per_block > 1 ? 1 : ceil_div(dout, kLanes)) {}
-
-  int64_t count(int64_t groups) const {
-    return groups_per_block > 1 ? ceil_div(groups, groups_per_block) : groups * blocks_per_group;
-  }
-  Block block(int64_t index, int64_t groups) const {
-    if (groups_per_block > 1) {
-      const int64_t group = index * groups_per_block;
-      return {group * dout, group * din, (int)(min(groups_per_block, groups - group) * dout)};
-    }
-    const int64_t group = index / blocks_per_group, part = index % blocks_per_group * kLanes;
-    return {group * dout + part, group * din, (int)min(kLanes, dout - part)};
-  }
-  Access access() const {
-    if (groups_per_block == 1) return Access::broadcast;
-    return din == 4 && dout == 4 ? Access::quads : Access::lanes;
-  }
-  // index[ci]: the lane of the block's input vector that holds channel ci of the lane's group
-  void fill_index(IVec* index) const {
-    if (groups_per_block == 1) return;
-    for (int64_t ci = 0; ci < din; ++ci)
-      for (int lane = 0; lane < kLanes; ++lane)
-        ((int32_t*)&index[ci])[lane] = (int32_t)min(lane / dout * din + ci, kLanes - 1);
-  }
-  int64_t index_floats() const { return groups_per_block == 1 ? 0 : din * kLanes; }
-  int64_t weight_floats(int64_t groups) const { return count(groups) * din * 9 * kLanes; }
-};
-
-// Floats from one staged pixel to the next: an odd number of cache lines, so that the same channels of neighbouring
-// pixels do not compete for the same sets of the cache.
-inline int64_t staged_pixel(int64_t channels) {
-  const int64_t floats = round_up(channels, kLanes);
-  return floats > 32 && floats % 32 == 0 ? floats + 16 : floats;
-}
-
-// ---- how the problem is cut into work
-struct Plan {
-  int64_t chunk_groups, chunks;  // channels
-  int64_t rows, columns;         // of z, per unit
-  int64_t row_bands, column_bands, units;
-  int64_t splits;  // runs of units: the items of one chunk
-
-  // `staged`: how many windows of a unit are in scratch memory at a time.
-  Plan(const ConvProblem& p, int num_threads, int staged) {
-    const int64_t width = max(p.din(), p.dout());
-    const int64_t step = Blocks(p.din(), p.dout()).groups_per_block;
-    chunk_groups = min(p.groups, round_up(max(1, min(kChunkChannels, kChunkWeights / width) / width), step));
-    chunks = ceil_div(p.groups, chunk_groups);
-
-    const int64_t out_h = p.out_h(), out_w = p.out_w();
-    column_bands = ceil_div(out_w, kBandColumns);
-    columns = round_up(ceil_div(out_w, column_bands), 2);
-    column_bands = ceil_div(out_w, columns);
-    const int64_t row_floats = (columns * p.stride + 2 * p.dilation) * staged_pixel(chunk_groups * width);
-    rows = max(4, (kScratchFloats / staged / row_floats - 2 * p.dilation) / p.stride);
-    rows = ceil_div(out_h, ceil_div(out_h, rows));
-    while (rows > 4 && chunks * p.N * ceil_div(out_h, rows) * column_bands < 2 * num_threads) rows = ceil_div(rows, 2);
-    row_bands = ceil_div(out_h, rows);
-    units = p.N * row_bands * column_bands;
-    splits = max(1, min(units, ceil_div(4 * num_threads, chunks)));
-  }
-  int64_t items() const { return chunks * splits; }
-  int64_t groups(const ConvProblem& p, int64_t chunk) const {
-    return min(chunk_groups, p.groups - chunk * chunk_groups);
-  }
-};
-
-// A band of pixels of image n: of z while planning, of anything while staging. Rows and columns may lie outside the
-// image; columns outside are staged as zeros, rows outside are never read.
-struct Window {
-  int64_t n, row, rows, column, columns;
-};
-
-inline Window unit_window(const Plan& plan, const ConvProblem& p, int64_t unit) {
-  const int64_t column_band = unit % plan.column_bands;
-  const int64_t row_band = unit / plan.column_bands % plan.row_bands;
-  const int64_t row = row_band * plan.rows, column = column_band * plan.columns;
-  return {unit / plan.column_bands / plan.row_bands, row, min(plan.rows, p.out_h() - row), column,
-          min(plan.columns, p.out_w() - column)};
-}
-
-// The pixels of x that z's window reads.
-inline Window input_window(const Window& z, const ConvProblem& p) {
-  const int64_t halo = 2 * p.dilation;
-  return {z.n, z.row * p.stride - p.dilation, (z.rows - 1) * p.stride + 1 + halo, z.column * p.stride - p.dilation,
-          (z.columns - 1) * p.stride + 1 + halo};
-}
-
-// The pixels of x that belong to z's window: these windows tile x.
-inline Window own_window(const Window& z, const ConvProblem& p) {
-  const int64_t row = z.row * p.stride, column = z.column * p.stride;
-  return {z.n, row, min(z.rows * p.stride, p.H - row), column, min(z.columns * p.stride, p.W - column)};
-}
-
-// The pixels of z that the gradient of x's window reads.
-inline Window gradient_window(const Window& x, const ConvProblem& p) {
-  const int64_t first_row = floor_div(x.row - p.dilation, p.stride);
-  const int64_t first_column = floor_div(x.column - p.dilation, p.stride);
-  return {x.n, first_row, floor_div(x.row + x.rows - 1 + p.dilation, p.stride) - first_row + 1, first_column,
-          floor_div(x.column + x.columns - 1 + p.dilation, p.stride) - first_column + 1};
-}
-
-// f(chunk, split, first unit, last unit) for every item; an item's work does not depend on the thread that does it.
-template <class F>
-void for_items(const Plan& plan, int num_threads, F f) {
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) if (num_threads > 1 && plan.items() > 1)
-  for (int64_t item = 0; item < plan.items(); ++item) {
-    const int64_t split = item / plan.chunks;
-    f(item % plan.chunks, split, split * plan.units / plan.splits, (split + 1) * plan.units / plan.splits);
-  }
-}
 
 // ---- staging: a window of a chunk's channels as float32 [row][column][channel]
 struct Staged {
@@ -211,31 +60,36 @@ RK_INLINE void stage(const Staged& to, int64_t H, int64_t W, int64_t C, int64_t 
   }
 }
 
-template <class T>
-void stage_activation(const Staged& to, const ConvProblem& p, int64_t channel, int64_t channels, const T* x,
-                      Affine prologue) {
-  if (prologue.scale) {
-    stage(to, p.H, p.W, p.C, channel, channels,
-          [&](int64_t at, int64_t c, auto lanes) { return relu(apply(prologue, c, load(x + at, lanes), lanes)); });
-  } else {
-    stage(to, p.H, p.W, p.C, channel, channels, [&](int64_t at, int64_t, auto lanes) { return load(x + at, lanes); });
-  }
+// f(value) with what gives the operand's vectors: a from x, dz from dy and z.
+template <class T, class F>
+RK_INLINE void with_activation(const T* x, Affine prologue, F&& f) {
+  if (prologue.scale)
+    f([=](int64_t at, int64_t c, auto lanes)
+          RK_INLINE_LAMBDA { return relu(apply(prologue, c, load(x + at, lanes), lanes)); });
+  else
+    f([=](int64_t at, int64_t, auto lanes) RK_INLINE_LAMBDA { return load(x + at, lanes); });
+}
+template <class T, class F>
+RK_INLINE void with_gradient(const ReluBNGradient& gradient, F&& f) {
+  if (!gradient.z)
+    f([&](int64_t at, int64_t, auto lanes) RK_INLINE_LAMBDA { return load((const T*)gradient.dy + at, lanes); });
+  else if (gradient.y)
+    f([&](int64_t at, int64_t c, auto lanes)
+          RK_INLINE_LAMBDA { return input_gradient<T, true>(gradient, at, c, lanes); });
+  else
+    f([&](int64_t at, int64_t c, auto lanes)
+          RK_INLINE_LAMBDA { return input_gradient<T, false>(gradient, at, c, lanes); });
 }
 
 template <class T>
+void stage_activation(const Staged& to, const ConvProblem& p, int64_t channel, int64_t channels, const T* x,
+                      Affine prologue) {
+  with_activation(x, prologue, [&](auto value) { stage(to, p.H, p.W, p.C, channel, channels, value); });
+}
+template <class T>
 void stage_gradient(const Staged& to, const ConvProblem& p, int64_t channel, int64_t channels,
                     const ReluBNGradient& gradient) {
-  const int64_t H = p.out_h(), W = p.out_w();
-  if (!gradient.z) {
-    stage(to, H, W, p.K, channel, channels,
-          [&](int64_t at, int64_t, auto lanes) { return load((const T*)gradient.dy + at, lanes); });
-  } else if (gradient.y) {
-    stage(to, H, W, p.K, channel, channels,
-          [&](int64_t at, int64_t c, auto lanes) { return input_gradient<T, true>(gradient, at, c, lanes); });
-  } else {
-    stage(to, H, W, p.K, channel, channels,
-          [&](int64_t at, int64_t c, auto lanes) { return input_gradient<T, false>(gradient, at, c, lanes); });
-  }
+  with_gradient<T>(gradient, [&](auto value) { stage(to, p.out_h(), p.out_w(), p.K, channel, channels, value); });
 }
 
 // ---- weights
@@ -254,184 +108,66 @@ RK_INLINE void transpose_rows(int lanes, int64_t count, F&& from, float* to) {
   }
 }
 
-// Forward: lanes are output channels, a lane's row is weight[k].
+// One block, forward: lanes are output channels, a lane's row is weight[k].
 template <class T>
-void pack_weight(const ConvProblem& p, const Blocks& blocks, int64_t group, int64_t groups, const T* weight,
-                 float* packed) {
+void pack_block(const ConvProblem& p, const Block& block, int64_t group, const T* weight, float* packed) {
   const int64_t row = p.din() * 9;
-  for (int64_t index = 0; index < blocks.count(groups); ++index, packed += row * kLanes) {
-    const Block block = blocks.block(index, groups);
-    const T* first = weight + (group * p.dout() + block.out) * row;
-    transpose_rows<T>(
-        block.lanes, row, [&](int64_t lane) { return first + lane * row; }, packed);
-  }
+  const T* first = weight + (group * p.dout() + block.out) * row;
+  transpose_rows<T>(
+      block.lanes, row, [&](int64_t lane) { return first + lane * row; }, packed);
 }
 
-// Transposed: lanes are input channels of the convolution, the sum runs over its output channels. At stride 1 the
-// transposed convolution is a convolution with the taps of a row reversed.
+// One block, transposed: lanes are input channels of the convolution, the sum runs over its output channels.
 template <class T>
-void pack_transposed_weight(const ConvProblem& p, const Blocks& blocks, int64_t group, int64_t groups, const T* weight,
-                            bool reversed, float* packed) {
+void pack_transposed_block(const ConvProblem& p, const Block& block, int64_t group, const T* weight, float* packed) {
   const int64_t din = p.din(), dout = p.dout();
-  for (int64_t index = 0; index < blocks.count(groups); ++index) {
-    const Block block = blocks.block(index, groups);
-    const T* first[kLanes];  // the nine taps to output channel 0 of the lane's group
-    for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      const int64_t channel = block.out + lane;
-      first[lane] = weight + ((group + channel / din) * dout * din + channel % din) * 9;
-    }
-    for (int64_t k = 0; k < dout; ++k, packed += 9 * kLanes) {
-      transpose_rows<T>(
-          block.lanes, 9, [&](int64_t lane) { return first[lane] + k * din * 9; }, packed);
+  const T* first[kLanes];  // the nine taps to output channel 0 of the lane's group
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    const int64_t channel = block.out + lane;
+    first[lane] = weight + ((group + channel / din) * dout * din + channel % din) * 9;
+  }
+  for (int64_t k = 0; k < dout; ++k)
+    transpose_rows<T>(
+        block.lanes, 9, [&](int64_t lane) { return first[lane] + k * din * 9; }, packed + k * 9 * kLanes);
+}
+
+// A chunk's blocks. At stride 1 the transposed convolution is a convolution with the taps of a row reversed.
+template <class T>
+void pack_weight(const ConvProblem& p, const Blocks& blocks, bool transposed, int64_t group, int64_t groups,
+                 const T* weight, float* packed) {
+  const bool reversed = transposed && p.stride == 1 && p.dilation == 1;
+  for (int64_t b = 0; b < blocks.count(groups); ++b) {
+    const Block block = blocks.block(b, groups);
+    if (!transposed) pack_block(p, block, group, weight, packed);
+    if (transposed) pack_transposed_block(p, block, group, weight, packed);
+    for (int64_t i = 0; i < 3 * blocks.din; ++i, packed += 3 * kLanes) {
       if (!reversed) continue;
-      for (int64_t ky = 0; ky < 3; ++ky) {
-        float* taps = packed + ky * 3 * kLanes;
-        const Vec left = load(taps), right = load(taps + 2 * kLanes);
-        store(taps, right);
-        store(taps + 2 * kLanes, left);
-      }
+      const Vec left = load(packed), right = load(packed + 2 * kLanes);
+      store(packed, right);
+      store(packed + 2 * kLanes, left);
     }
   }
 }
 
-// ---- the register tile
-// Which accumulator the value of column q feeds through the tap kx, as the tile counts columns.
-enum class Map {
-  stride1,      // conv, stride 1, and its transpose: q - kx
-  stride2,      // conv, stride 2: (q - kx) / 2 where it divides
-  transposed2,  // transpose of stride 2: 2 q + kx - 1
-};
-
-template <Map M, int A>
-constexpr int kColumnsRead = M == Map::stride1   ? A + 2
-                             : M == Map::stride2 ? 2 * A + 1
-                                                 : A / 2 + 1;
-
-template <Map M, int A>
-constexpr int accumulator(int q, int kx) {
-  const int at = M == Map::stride1 ? q - kx : M == Map::stride2 ? ((q - kx) % 2 ? -1 : (q - kx) / 2) : 2 * q + kx - 1;
-  return at < A ? at : -1;
-}
-
-// One row of input that a row of output reads: the first column of the tile and the three weights of its ky.
-struct RowTap {
-  const float* input;
-  const float* weight;
-};
-
-template <Access X>
-RK_INLINE Vec read(const float* pixel, int64_t ci, IVec index) {
-  if (X == Access::broadcast) return broadcast(pixel[ci]);
-  return X == Access::quads ? spread_quads(load(pixel), (int)ci) : permute(load(pixel), index);
-}
-
-// Hides where a pointer comes from: keeps the compiler from holding what it read for one ci in registers, of which
-// there are none to spare, or on the stack.
-RK_INLINE const float* fresh(const float* p) {
-  asm volatile("" : "+r"(p));
-  return p;
-}
-
-// f(ci) for the din input channels of a group. Groups of four: bound and ci become constants, as permutations need.
-template <Access X, class F>
-RK_INLINE void for_inputs(int64_t din, F&& f) {
-  if (X == Access::quads) {
-#pragma GCC unroll 4
-    for (int ci = 0; ci < 4; ++ci) f(ci);
-  } else {
-    for (int64_t ci = 0; ci < din; ++ci) f(ci);
+// The same as U. False if a weight is not finite.
+template <class T>
+bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool transposed, int64_t group, int64_t groups,
+                          const T* weight, float* taps, float* packed) {
+  bool finite = true;
+  for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * blocks.din * kPairFloats) {
+    const Block block = blocks.block(b, groups);
+    if (transposed)
+      pack_transposed_block(p, block, group, weight, taps);
+    else
+      pack_block(p, block, group, weight, taps);
+    finite &= transform_weight(taps, blocks.din, transposed, packed);
   }
+  return finite;
 }
 
-template <Access X, Map M, int A>
-void conv_tile(const RowTap* taps, int tap_count, int64_t pixel, int64_t din, const IVec* index, float* out) {
-  Vec acc[A] = {};
-  for (int t = 0; t < tap_count; ++t) {
-    for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
-      const float* weight = taps[t].weight + ci * (9 * kLanes);
-      const Vec w[3] = {load(weight), load(weight + kLanes), load(weight + 2 * kLanes)};
-      const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
-      const float* input = fresh(taps[t].input);
-#pragma GCC unroll 64
-      for (int q = 0; q < kColumnsRead<M, A>; ++q, input += pixel) {
-        const Vec value = read<X>(input, ci, lanes);
-#pragma GCC unroll 3
-        for (int kx = 0; kx < 3; ++kx) {
-          const int at = accumulator<M, A>(q, kx);
-          if (at >= 0) acc[at] += w[kx] * value;
-        }
-      }
-    });
-  }
-#pragma GCC unroll 64
-  for (int i = 0; i < A; ++i) store(out + i * kLanes, acc[i]);
-}
-
-// Any stride and dilation: a list of taps, one FMA per value read; accumulator i reads `step` floats after i - 1.
-template <Access X, int A>
-void tap_tile(const RowTap* taps, int tap_count, int64_t step, int64_t din, const IVec* index, float* out) {
-  Vec acc[A] = {};
-  for (int t = 0; t < tap_count; ++t) {
-    for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
-      const Vec w = load(taps[t].weight + ci * (9 * kLanes));
-      const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
-      const float* input = fresh(taps[t].input);
-#pragma GCC unroll 64
-      for (int i = 0; i < A; ++i, input += step) acc[i] += w * read<X>(input, ci, lanes);
-    });
-  }
-#pragma GCC unroll 64
-  for (int i = 0; i < A; ++i) store(out + i * kLanes, acc[i]);
-}
-
-// The tiles by number of accumulators.
-using Tile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, float*);
-struct Tiles {
-  Tile by_size[kTile + 1];
-};
-
-template <Access X, Map M, int A>
-constexpr void fill_conv_tiles(Tiles& tiles) {
-  if constexpr (A > 0) {
-    tiles.by_size[A] = conv_tile < X, M, M == Map::transposed2 ? (A + 1) / 2 * 2 : A > ;
-    fill_conv_tiles<X, M, A - 1>(tiles);
-  }
-}
-template <Access X, int A>
-constexpr void fill_tap_tiles(Tiles& tiles) {
-  if constexpr (A > 0) {
-    tiles.by_size[A] = tap_tile<X, A>;
-    fill_tap_tiles<X, A - 1>(tiles);
-  }
-}
-
-template <Access X>
-const Tiles& tiles_for(bool transposed, int64_t stride, int64_t dilation) {
-  struct All {
-    Tiles stride1{}, stride2{}, transposed2{}, any{};
-    constexpr All() {
-      fill_conv_tiles<X, Map::stride1, kTile>(stride1);
-      fill_conv_tiles<X, Map::stride2, kTile>(stride2);
-      fill_conv_tiles<X, Map::transposed2, kTile>(transposed2);
-      fill_tap_tiles<X, kTile>(any);
-    }
-  };
-  static constexpr All all;
-  if (dilation != 1 || stride > 2) return all.any;
-  if (stride == 1) return all.stride1;
-  return transposed ? all.transposed2 : all.stride2;
-}
-
-inline const Tiles& tiles_for(Access access, bool transposed, int64_t stride, int64_t dilation) {
-  switch (access) {
-    case Access::broadcast: return tiles_for<Access::broadcast>(transposed, stride, dilation);
-    case Access::quads: return tiles_for<Access::quads>(transposed, stride, dilation);
-    default: return tiles_for<Access::lanes>(transposed, stride, dilation);
-  }
-}
-
-// Runs the tiles of one unit. `out` is the window to compute, `input` the staged operand. For every block and tile
-// calls finish(block index, block, row, column, column step, count, values[count][lane]).
+// Runs the tiles of one unit. `out` is the window to compute, `input` the staged operand. For every block and tile,
+// sink.target(block, row, column, column step, count, values) says where its values go, `values` being memory for a
+// tile, and sink.finish(block index, block, row, column, column step, that target) follows.
 struct UnitPass {
   const ConvProblem& p;
   const Blocks& blocks;
@@ -451,20 +187,21 @@ struct UnitPass {
     return row >= shift && (row - shift) % p.stride == 0 && *result < p.out_h();
   }
 
-  template <class F>
-  RK_INLINE void run(const Window& out, const Staged& input, F&& finish) const {
+  template <class S>
+  RK_INLINE void run(const Window& out, const Staged& input, Ahead& ahead, const S& sink) const {
     const Tiles& tiles = tiles_for(blocks.access(), transposed, p.stride, p.dilation);
     const bool shared_columns = p.dilation == 1 && p.stride <= 2;
     alignas(64) float values[kTile * kLanes];
     const int64_t block_floats = blocks.din * 9 * kLanes, block_count = blocks.count(groups);
     // All blocks of a row, so that the row is written while it is in the cache; short rows block by block instead.
     const bool rows_first = out.columns >= kLongRow;
-    const int64_t steps = out.rows * block_count;
+    const int64_t steps = out.rows * block_count, quota = ceil_div(ahead.lines, steps);
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t b = rows_first ? step % block_count : step / out.rows;
       const int64_t row = out.row + (rows_first ? step / block_count : step % out.rows);
       const Block block = blocks.block(b, groups);
       const float* weight = packed + b * block_floats;
+      ahead.fetch(quota);
       RowTap rows[3];
       int row_count = 0;
       for (int64_t ky = 0; ky < 3; ++ky) {
@@ -472,21 +209,23 @@ struct UnitPass {
         if (!input_row(row, ky, &from)) continue;
         rows[row_count++] = {input.at(from, input.window.column) + block.in, weight + ky * 3 * kLanes};
       }
-      if (shared_columns) {
-        run_shared(out, input, tiles, rows, row_count, values,
-                   [&](int64_t column, int64_t count) { finish(b, block, row, column, 1, count, values); });
-      } else {
-        run_taps(out, input, tiles, rows, row_count, values, [&](int64_t column, int64_t stride, int64_t count) {
-          finish(b, block, row, column, stride, count, values);
-        });
-      }
+      const auto tile = [&](Tile run, const RowTap* taps, int tap_count, int64_t pixel, int64_t column, int64_t stride,
+                            int64_t count) {
+        const TileOut to = sink.target(block, row, column, stride, count, values);
+        run(taps, tap_count, pixel, blocks.din, index, to);
+        sink.finish(b, block, row, column, stride, to);
+      };
+      if (shared_columns)
+        run_shared(out, input, tiles, rows, row_count, tile);
+      else
+        run_taps(out, input, tiles, rows, row_count, tile);
     }
   }
 
   // Neighbouring columns share what they read.
   template <class F>
   RK_INLINE void run_shared(const Window& out, const Staged& input, const Tiles& tiles, const RowTap* rows,
-                            int row_count, float* values, F&& finish) const {
+                            int row_count, F&& run) const {
     const bool pairs = transposed && p.stride == 2;  // a tile starts at an even column
     const int64_t tile_count = ceil_div(out.columns, kTile);
     const int64_t even = pairs ? round_up(ceil_div(out.columns, tile_count), 2) : 0;
@@ -497,8 +236,7 @@ struct UnitPass {
       RowTap taps[3];
       for (int t = 0; t < row_count; ++t)
         taps[t] = {rows[t].input + (first - input.window.column) * input.pixel, rows[t].weight};
-      tiles.by_size[end - begin](taps, row_count, input.pixel, blocks.din, index, values);
-      finish(column, end - begin);
+      run(tiles.by_size[end - begin], taps, row_count, input.pixel, column, 1, end - begin);
       begin = end;
     }
   }
@@ -506,7 +244,7 @@ struct UnitPass {
   // Any stride and dilation. Columns of one residue modulo the stride read the same taps in the transpose.
   template <class F>
   RK_INLINE void run_taps(const Window& out, const Staged& input, const Tiles& tiles, const RowTap* rows, int row_count,
-                          float* values, F&& finish) const {
+                          F&& run) const {
     const int64_t residues = transposed ? p.stride : 1;
     for (int64_t residue = 0; residue < residues; ++residue) {
       const int64_t total = ceil_div(out.columns - residue, residues);
@@ -527,8 +265,7 @@ struct UnitPass {
                                  rows[t].weight + kx * kLanes};
           }
         }
-        tiles.by_size[count](taps, tap_count, (transposed ? 1 : p.stride) * input.pixel, blocks.din, index, values);
-        finish(column, residues, count);
+        run(tiles.by_size[count], taps, tap_count, (transposed ? 1 : p.stride) * input.pixel, column, residues, count);
       }
     }
   }
@@ -539,9 +276,6 @@ struct UnitPass {
 struct Epilogue {
   Affine affine;  // given: y = relu(affine(z) [+ residual]), else z itself
   const void* residual = nullptr;
-  double* means = nullptr;  // given: statistics [split][K], and counts [split]
-  double* m2s = nullptr;
-  double* counts = nullptr;
 };
 
 // Asks for the cache lines that this block of channels starts, in pixels that will be written soon: a store that
@@ -554,16 +288,16 @@ RK_INLINE void prefetch_pixels(const T* out, int64_t stride, int64_t count, cons
 
 template <class T, class I>
 RK_INLINE void write_pixels(const Epilogue& epilogue, T* out, const T* residual, int64_t channel, int64_t stride,
-                            int64_t count, const float* values, I lanes) {
+                            int64_t count, const float* values, I lanes, bool past_cache) {
   if (!epilogue.affine.scale) {
-    for (int64_t i = 0; i < count; ++i) store(out + i * stride, load(values + i * kLanes), lanes);
+    for (int64_t i = 0; i < count; ++i) write(out + i * stride, load(values + i * kLanes), lanes, past_cache);
     return;
   }
   const Vec scale = load(epilogue.affine.scale + channel, lanes), shift = load(epilogue.affine.shift + channel, lanes);
   for (int64_t i = 0; i < count; ++i) {
     Vec v = load(values + i * kLanes) * scale + shift;
     if (residual) v += load(residual + i * stride, lanes);
-    store(out + i * stride, relu(v), lanes);
+    write(out + i * stride, relu(v), lanes, past_cache);
   }
 }
 
@@ -573,20 +307,20 @@ struct BlockStatistics {
   Vec origin, mean, m2;
   float count;
 
-  RK_INLINE void add(const float* values, int64_t n, bool first) {
+  RK_INLINE void add(const float* values, int64_t stride, int64_t n, bool first) {
     const Vec inverse = broadcast(1.0f / (float)n);
     Vec sum{};
     if (first) {
-      for (int64_t i = 0; i < n; ++i) sum += load(values + i * kLanes);
+      for (int64_t i = 0; i < n; ++i) sum += load(values + i * stride);
       origin = sum * inverse;
       sum = mean = m2 = Vec{};
       count = 0;
     }
-    for (int64_t i = 0; i < n; ++i) sum += load(values + i * kLanes) - origin;
+    for (int64_t i = 0; i < n; ++i) sum += load(values + i * stride) - origin;
     const Vec tile_mean = sum * inverse;
     Vec tile_m2{};
     for (int64_t i = 0; i < n; ++i) {
-      const Vec d = (load(values + i * kLanes) - origin) - tile_mean;
+      const Vec d = (load(values + i * stride) - origin) - tile_mean;
       tile_m2 += d * d;
     }
     const float share = (float)n / (count + (float)n);
@@ -606,84 +340,154 @@ struct BlockStatistics {
   }
 };
 
+constexpr int64_t kStatisticsFloats = sizeof(BlockStatistics) / sizeof(float);
+
+// Where a thread's tiles of one item go: to memory, and into the statistics [split][K] if there are any.
 template <class T>
-void conv_forward(const ConvProblem& p, const Plan& plan, const void* x, const void* weight, Affine prologue,
-                  const Epilogue& epilogue, void* out_, int num_threads) {
+struct ForwardSink {
+  const ConvProblem& p;
+  const Epilogue& epilogue;
+  T* out;
+  int64_t first_channel;
+  BlockStatistics* statistics;  // of every block, for the unit at hand
+  double *means, *m2s;
+  Window window;
+  double pixels = 0;  // of the units before
+  bool past_cache = sizeof(T) * kLanes == 64 && streams(out, p.N* p.out_h() * p.out_w(), p.K);
+
+  RK_INLINE int64_t at(const Block& block, int64_t row, int64_t column) const {
+    return ((window.n * p.out_h() + row) * p.out_w() + column) * p.K + first_channel + block.out;
+  }
+  RK_INLINE TileOut target(const Block& block, int64_t row, int64_t column, int64_t, int64_t count,
+                           float* values) const {
+    T* const to = out + at(block, row, column);
+    if (!past_cache && row + 1 < p.out_h()) prefetch_pixels(to + p.out_w() * p.K, p.K, count, block);
+    if constexpr (std::is_same<T, float>::value) {
+      if (block.lanes == kLanes && !(means && past_cache)) {  // statistics read the values again
+        TileOut direct{to, p.K, count};
+        direct.past_cache = past_cache;
+        if (epilogue.affine.scale) {
+          direct.scale = epilogue.affine.scale + first_channel + block.out;
+          direct.shift = epilogue.affine.shift + first_channel + block.out;
+          if (epilogue.residual) direct.residual = (const float*)epilogue.residual + at(block, row, column);
+        }
+        return direct;
+      }
+    }
+    return {values, kLanes, count};
+  }
+  RK_INLINE void finish(int64_t b, const Block& block, int64_t row, int64_t column, int64_t, const TileOut& to) const {
+    const int64_t offset = at(block, row, column), channel = first_channel + block.out;
+    if ((void*)to.out != (void*)(out + offset)) {
+      const T* const add = epilogue.residual ? (const T*)epilogue.residual + offset : nullptr;
+      if (block.lanes == kLanes)
+        write_pixels(epilogue, out + offset, add, channel, p.K, to.count, to.out, AllLanes{}, past_cache);
+      else
+        write_pixels(epilogue, out + offset, add, channel, p.K, to.count, to.out, FirstLanes{block.lanes}, past_cache);
+    }
+    if (!means) return;
+    statistics[b].add(to.out, to.stride, to.count, row == window.row && column == window.column);
+    if (row == window.row + window.rows - 1 && column + to.count == window.column + window.columns)
+      statistics[b].merge_into(pixels, block.lanes, means + block.out, m2s + block.out);
+  }
+};
+
+// mean and var: of z's channels, unless null. False, with the results undefined, if `winograd` and an operand is not
+// finite.
+template <class T, bool winograd>
+bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affine prologue, const Epilogue& epilogue,
+                  void* out, float* mean, float* var, int num_threads) {
+  const Plan plan(p, num_threads, winograd ? 0 : 1);
   const Blocks blocks(p.din(), p.dout());
-  const int64_t out_h = p.out_h(), out_w = p.out_w();
-  T* const out = (T*)out_;
-  const T* const residual = (const T*)epilogue.residual;
+  const Slots slots(p.din(), p.dout(), plan.chunk_groups);
 
   const int64_t pixel = staged_pixel(plan.chunk_groups * p.din());
   const Window largest = input_window({0, 0, plan.rows, 0, plan.columns}, p);
-  const int64_t stage_floats = Staged::floats(largest, pixel);
-  const int64_t weight_floats = blocks.weight_floats(plan.chunk_groups);
-  constexpr int64_t kStatisticsFloats = sizeof(BlockStatistics) / sizeof(float);
-  const int64_t statistics_floats = epilogue.means ? blocks.count(plan.chunk_groups) * kStatisticsFloats : 0;
+  const Pairs<4> shape = winograd ? pairs_for(plan, slots.count, kStepFloats) : Pairs<4>{};
+  const int64_t stage_floats = winograd ? max(shape.floats(), 9 * p.din() * kLanes) : Staged::floats(largest, pixel);
+  const int64_t weight_floats = blocks.count(plan.chunk_groups) * p.din() * (winograd ? 12 : 9) * kLanes;
+  const int64_t statistics_floats = mean ? blocks.count(plan.chunk_groups) * kStatisticsFloats : 0;
+  const Scratch scratch(num_threads, mean ? 2 * plan.splits * (2 * p.K + 1) : 0,
+                        blocks.index_floats() + statistics_floats + weight_floats + stage_floats);
+  double* const means = (double*)scratch.shared;
+  double* const m2s = means + plan.splits * p.K;
+  double* const counts = m2s + plan.splits * p.K;
+  bool finite = true;
 
   for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit) {
-    const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk);
-    float* scratch =
-        workspace(Slot::item, (size_t)(blocks.index_floats() + statistics_floats + weight_floats + stage_floats));
-    IVec* index = (IVec*)scratch;
-    BlockStatistics* statistics = (BlockStatistics*)(scratch + blocks.index_floats());
-    float* packed = scratch + blocks.index_floats() + statistics_floats;
-    float* staged = packed + weight_floats;
+    const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), channel = group * p.din();
+    IVec* index = (IVec*)scratch.mine();
+    BlockStatistics* statistics = (BlockStatistics*)(scratch.mine() + blocks.index_floats());
+    float* staged = scratch.mine() + blocks.index_floats() + statistics_floats;
+    float* packed = staged + stage_floats;
     blocks.fill_index(index);
-    pack_weight(p, blocks, group, groups, (const T*)weight, packed);
 
-    double *means = nullptr, *m2s = nullptr;
-    if (epilogue.means) {
-      means = epilogue.means + split * p.K + group * p.dout();
-      m2s = epilogue.m2s + split * p.K + group * p.dout();
-      for (int64_t k = 0; k < groups * p.dout(); ++k) means[k] = m2s[k] = 0;
+    ForwardSink<T> sink{p, epilogue, (T*)out, group * p.dout(), statistics, nullptr, nullptr, {}};
+    if (mean) {
+      sink.means = means + split * p.K + group * p.dout();
+      sink.m2s = m2s + split * p.K + group * p.dout();
+      for (int64_t k = 0; k < groups * p.dout(); ++k) sink.means[k] = sink.m2s[k] = 0;
     }
-    double pixels = 0;
+    bool item_finite = true;
+    if constexpr (winograd)
+      item_finite = pack_winograd_weight(p, blocks, false, group, groups, (const T*)weight, staged, packed);
+    else
+      pack_weight(p, blocks, false, group, groups, (const T*)weight, packed);
 
-    const UnitPass pass{p, blocks, false, groups, packed, index};
-    for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-      const Window window = unit_window(plan, p, unit);
-      const Staged input{staged, input_window(window, p), pixel};
-      stage_activation(input, p, group * p.din(), groups * p.din(), (const T*)x, prologue);
-
-      pass.run(
-          window, input,
-          [&](int64_t b, const Block& block, int64_t row, int64_t column, int64_t, int64_t count, const float* values) {
-            const int64_t channel = group * p.dout() + block.out;
-            const int64_t at = ((window.n * out_h + row) * out_w + column) * p.K + channel;
-            const T* const add = residual ? residual + at : nullptr;
-            if (row + 1 < out_h) prefetch_pixels(out + at + out_w * p.K, p.K, count, block);
-            if (block.lanes == kLanes)
-              write_pixels(epilogue, out + at, add, channel, p.K, count, values, AllLanes{});
-            else
-              write_pixels(epilogue, out + at, add, channel, p.K, count, values, FirstLanes{block.lanes});
-            if (!epilogue.means) return;
-            statistics[b].add(values, count, row == window.row && column == window.column);
-            if (row == window.row + window.rows - 1 && column + count == window.column + window.columns)
-              statistics[b].merge_into(pixels, block.lanes, means + block.out, m2s + block.out);
+    for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
+      const Window window = sink.window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
+      if constexpr (winograd) {
+        const Slots item_slots(p.din(), p.dout(), groups);
+        const WinogradPass pass{p, blocks, item_slots, groups, packed, index};
+        const Pairs<4> v = shape.of(staged, item_slots.count, window);
+        with_activation((const T*)x, prologue, [&](auto value) {
+          for_steps(window, next, v.rows - 2, p.H, [&](const Window& rows, const Window& now, const Window& then) {
+            item_finite &= stage_pairs(v, nullptr, item_slots, groups, now, p.H, p.W, p.C, channel, value);
+            Ahead ahead;
+            ahead.add((const T*)x, p.N, p.H, p.W, p.C, then, channel, groups * p.din());
+            pass.run(rows, v, ahead, sink);
           });
-      pixels += (double)(window.rows * window.columns);
+        });
+      } else {
+        const UnitPass pass{p, blocks, false, groups, packed, index};
+        const Staged input{staged, input_window(window, p), pixel};
+        stage_activation(input, p, channel, groups * p.din(), (const T*)x, prologue);
+        Ahead ahead;
+        ahead.add((const T*)x, p.N, p.H, p.W, p.C, input_window(next, p), channel, groups * p.din());
+        pass.run(window, input, ahead, sink);
+      }
+      sink.pixels += (double)(window.rows * window.columns);
     }
-    if (epilogue.counts && chunk == 0) epilogue.counts[split] = pixels;  // the same for every chunk
+    if (mean && chunk == 0) counts[split] = sink.pixels;  // the same for every chunk
+    if (!item_finite) {
+#pragma omp atomic write
+      finite = false;
+    }
   });
+  if (mean && finite) merge_statistics(plan.splits, p.K, counts, means, m2s, mean, var);
+  return finite;
+}
+
+template <class T>
+void conv_forward(const ConvProblem& p, const void* x, const void* weight, Affine prologue, const Epilogue& epilogue,
+                  void* out, float* mean, float* var, int num_threads) {
+  if constexpr (kWinograd) {
+    if (winograd_serves(p) && conv_forward<T, true>(p, x, weight, prologue, epilogue, out, mean, var, num_threads))
+      return;
+  }
+  conv_forward<T, false>(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
 }
 
 template <class T>
 void conv_affine_relu(const ConvProblem& p, const void* x, const void* weight, Affine affine, const void* residual,
                       Affine prologue, void* y, int num_threads) {
-  conv_forward<T>(p, Plan(p, num_threads, 1), x, weight, prologue, Epilogue{affine, residual}, y, num_threads);
+  conv_forward<T>(p, x, weight, prologue, Epilogue{affine, residual}, y, nullptr, nullptr, num_threads);
 }
 
 template <class T>
 void conv_stats(const ConvProblem& p, const void* x, const void* weight, Affine prologue, void* z, float* mean,
                 float* var, int num_threads) {
-  const Plan plan(p, num_threads, 1);
-  if (!mean) return conv_forward<T>(p, plan, x, weight, prologue, Epilogue{}, z, num_threads);
-  double* means = (double*)workspace(Slot::call, (size_t)(2 * plan.splits * (2 * p.K + 1)));
-  double* m2s = means + plan.splits * p.K;
-  double* counts = m2s + plan.splits * p.K;
-  conv_forward<T>(p, plan, x, weight, prologue, Epilogue{{}, nullptr, means, m2s, counts}, z, num_threads);
-  merge_statistics(plan.splits, p.K, counts, means, m2s, mean, var);
+  conv_forward<T>(p, x, weight, prologue, Epilogue{}, z, mean, var, num_threads);
 }
 
 // ---- backward for weight
@@ -696,45 +500,50 @@ struct WeightTileArgs {
   int64_t rows, columns;
 };
 
-template <Access X, int I>
+// Input channels ci + kFrom ... ci + kFrom + I - 1.
+template <Access X, int I, int kFrom = 0>
 void weight_tile(const WeightTileArgs& args, int64_t ci, const IVec* index, float* dweight) {
   Vec acc[I][3] = {};
   IVec lanes[I] = {};
   if (X == Access::lanes)
     for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
-  if (X == Access::quads) ci = 0;  // a constant to the compiler
 
   for (int64_t row = 0; row < args.rows; ++row) {
-    const float* input = args.input + row * args.input_line;
+    const float* input = args.input + row * args.input_line + (X == Access::broadcast ? ci : 0);
     const float* gradient = args.gradient + row * args.gradient_line;
     for (int64_t column = 0; column < args.columns; ++column) {
       const Vec dz = load(gradient);
 #pragma GCC unroll 3
       for (int kx = 0; kx < 3; ++kx) {
         const float* pixel = fresh(input + kx * args.input_shift);
+        const SpreadInput<X, kFrom> value(pixel);
 #pragma GCC unroll 8
-        for (int i = 0; i < I; ++i) acc[i][kx] += read<X>(pixel, ci + i, lanes[i]) * dz;
+        for (int i = 0; i < I; ++i) acc[i][kx] += value.at(i, lanes[i]) * dz;
       }
       input += args.input_pixel;
       gradient += args.gradient_pixel;
     }
   }
+  dweight += (ci + kFrom) * 9 * kLanes;
 #pragma GCC unroll 8
-  for (int i = 0; i < I; ++i) {
+  for (int i = 0; i < I; ++i, dweight += 9 * kLanes) {
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx) {
-      float* to = dweight + ((ci + i) * 9 + kx) * kLanes;
-      store(to, load(to) + acc[i][kx]);
-    }
+    for (int kx = 0; kx < 3; ++kx) store(dweight + kx * kLanes, load(dweight + kx * kLanes) + acc[i][kx]);
   }
 }
 
 template <Access X, int I>
 void weight_tiles(const WeightTileArgs& args, int64_t ci, int64_t din, const IVec* index, float* dweight) {
-  if constexpr (X == Access::quads) return weight_tile<X, 4>(args, 0, index, dweight);
-  for (; ci + I <= din; ci += I) weight_tile<X, I>(args, ci, index, dweight);
-  if constexpr (I > 1)
-    if (ci < din) weight_tiles<X, I / 2>(args, ci, din, index, dweight);
+  if constexpr (X == Access::octets) {
+    weight_tile<X, 4>(args, 0, index, dweight);
+    weight_tile<X, 4, 4>(args, 0, index, dweight);
+  } else if constexpr (X == Access::quads) {
+    weight_tile<X, 4>(args, 0, index, dweight);
+  } else {
+    for (; ci + I <= din; ci += I) weight_tile<X, I>(args, ci, index, dweight);
+    if constexpr (I > 1)
+      if (ci < din) weight_tiles<X, I / 2>(args, ci, din, index, dweight);
+  }
 }
 
 // dweight of a chunk, packed as the weights are, from one unit.
@@ -742,6 +551,7 @@ inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int6
                                 const Staged& input, const Staged& gradient, const IVec* index, float* dweight) {
   const auto tiles = blocks.access() == Access::broadcast ? weight_tiles<Access::broadcast, kWeightInputs>
                      : blocks.access() == Access::quads   ? weight_tiles<Access::quads, kWeightInputs>
+                     : blocks.access() == Access::octets  ? weight_tiles<Access::octets, kWeightInputs>
                                                           : weight_tiles<Access::lanes, kWeightInputs>;
   // A few rows at a time, a cache line of a and one of dz per pixel, stay in the first-level cache for all blocks.
   const int64_t step = max(1, kWeightTileFloats / ((window.columns * p.stride + window.columns) * 16));
@@ -771,94 +581,181 @@ inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int6
   }
 }
 
-// Sums the splits' packed dweight of a chunk and writes it as OIHW.
+// Sums the splits' packed dweight of a chunk and writes it as OIHW; of Winograd's M if `winograd`.
 template <class T>
-void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, const Plan& plan, int64_t chunk,
+void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool winograd, const Plan& plan, int64_t chunk,
                            const float* packed, int64_t split_floats, T* dweight) {
-  const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), row = p.din() * 9;
-  for (int64_t b = 0; b < blocks.count(groups); ++b, packed += row * kLanes) {
+  const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), din = p.din();
+  const int64_t vectors = winograd ? 4 : 3;  // of a row of taps
+  for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * din * vectors * kLanes) {
     const Block block = blocks.block(b, groups);
-    T* to = dweight + (group * p.dout() + block.out) * row;
-    for (int64_t j = 0; j < row; ++j) {
-      Vec sum = load(packed + j * kLanes);
-      for (int64_t split = 1; split < plan.splits; ++split) sum += load(packed + split * split_floats + j * kLanes);
-      T converted[kLanes];
-      store(converted, sum);
-      for (int lane = 0; lane < block.lanes; ++lane) to[lane * row + j] = converted[lane];
+    T* to = dweight + (group * p.dout() + block.out) * din * 9;
+    for (int64_t ci = 0; ci < din; ++ci) {
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        const float* from = packed + (winograd ? ky * din + ci : ci * 3 + ky) * vectors * kLanes;
+        Vec sums[4] = {};
+        for (int64_t split = 0; split < plan.splits; ++split)
+          for (int64_t i = 0; i < vectors; ++i) sums[i] += load(from + split * split_floats + i * kLanes);
+        if (winograd) weight_gradient_of_pairs(sums);
+        for (int64_t kx = 0; kx < 3; ++kx) {
+          T converted[kLanes];
+          store(converted, sums[kx]);
+          for (int lane = 0; lane < block.lanes; ++lane) to[(lane * din + ci) * 9 + ky * 3 + kx] = converted[lane];
+        }
+      }
     }
   }
 }
 
 // ---- backward: dx and dweight in one pass over dz
 template <class T>
-void conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const void* x, Affine prologue,
-                   const void* weight, void* dx_, void* dweight, int num_threads) {
-  const Plan plan(p, num_threads, dweight ? 2 : 1);
-  const Blocks forward(p.din(), p.dout()), backward(p.dout(), p.din());
-  T* const dx = (T*)dx_;
+struct InputGradientSink {
+  const ConvProblem& p;
+  T* dx;
+  int64_t first_channel;
+  Window window;
+  bool past_cache = sizeof(T) * kLanes == 64 && streams(dx, p.N* p.H* p.W, p.C);
 
+  RK_INLINE T* at(const Block& block, int64_t row, int64_t column) const {
+    return dx + ((window.n * p.H + row) * p.W + column) * p.C + first_channel + block.out;
+  }
+  RK_INLINE TileOut target(const Block& block, int64_t row, int64_t column, int64_t step, int64_t count,
+                           float* values) const {
+    T* const to = at(block, row, column);
+    if (!past_cache && row + 1 < p.H) prefetch_pixels(to + p.W * p.C, step * p.C, count, block);
+    if constexpr (std::is_same<T, float>::value)
+      if (block.lanes == kLanes) return {to, step * p.C, count, nullptr, nullptr, nullptr, past_cache};
+    return {values, kLanes, count};
+  }
+  RK_INLINE void finish(int64_t, const Block& block, int64_t row, int64_t column, int64_t step,
+                        const TileOut& to) const {
+    T* const dx_at = at(block, row, column);
+    if ((void*)to.out == (void*)dx_at) return;
+    if (block.lanes == kLanes)
+      write_pixels<T>({}, dx_at, nullptr, 0, step * p.C, to.count, to.out, AllLanes{}, past_cache);
+    else
+      write_pixels<T>({}, dx_at, nullptr, 0, step * p.C, to.count, to.out, FirstLanes{block.lanes}, past_cache);
+  }
+};
+
+// False, with the results undefined, if `winograd` and an operand is not finite.
+template <class T, bool winograd>
+bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const void* x, Affine prologue,
+                   const void* weight, void* dx, void* dweight, int num_threads) {
+  const Plan plan(p, num_threads, winograd ? 0 : dweight ? 2 : 1);
+  const Blocks forward(p.din(), p.dout()), backward(p.dout(), p.din());
+  const Slots x_slots(p.din(), p.dout(), plan.chunk_groups), z_slots(p.dout(), p.din(), plan.chunk_groups);
+
+  // staged: V of dz, its raw pairs, V of a; without Winograd's pairs, dz and a themselves
   const int64_t x_pixel = staged_pixel(plan.chunk_groups * p.din());
   const int64_t z_pixel = staged_pixel(plan.chunk_groups * p.dout());
   const Window largest{0, 0, plan.rows, 0, plan.columns};
   const Window largest_own{0, 0, plan.rows * p.stride, 0, plan.columns * p.stride};
-  const int64_t x_floats = dweight ? Staged::floats(input_window(largest, p), x_pixel) : 0;
-  const int64_t z_floats = Staged::floats(gradient_window(largest_own, p), z_pixel);
-  const int64_t weight_floats = dx ? backward.weight_floats(plan.chunk_groups) : 0;
-  const int64_t dweight_floats = forward.weight_floats(plan.chunk_groups);  // of a chunk
+  Pairs<4> x_shape{}, z_shape{};
+  Pairs<2> raw_shape{};
+  if (winograd) {
+    z_shape = x_shape = pairs_for(plan, max(x_slots.count, z_slots.count), dweight ? kStepFloats * 2 / 5 : kStepFloats);
+    x_shape.slots = x_slots.count;
+    z_shape.slots = z_slots.count;
+    raw_shape = {nullptr, z_shape.rows, z_shape.slots, z_shape.pairs};
+  }
+  const int64_t x_floats = !dweight   ? 0
+                           : winograd ? x_shape.floats() + raw_shape.floats()
+                                      : Staged::floats(input_window(largest, p), x_pixel);
+  const int64_t z_floats = winograd ? max(z_shape.floats(), 9 * p.dout() * kLanes)
+                                    : Staged::floats(gradient_window(largest_own, p), z_pixel);
+  const int64_t taps = winograd ? 12 : 9;
+  const int64_t weight_floats = dx ? backward.count(plan.chunk_groups) * p.dout() * taps * kLanes : 0;
+  const int64_t dweight_floats = forward.count(plan.chunk_groups) * p.din() * taps * kLanes;  // of a chunk
   const int64_t split_floats = plan.chunks * dweight_floats;
-  float* const partial = dweight ? workspace(Slot::call, (size_t)(plan.splits * split_floats)) : nullptr;
-  const bool reversed = p.stride == 1 && p.dilation == 1;
+  const Scratch scratch(num_threads, dweight ? plan.splits * split_floats : 0,
+                        forward.index_floats() + backward.index_floats() + weight_floats + x_floats + z_floats);
+  bool finite = true;
 
   for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit) {
     const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk);
-    float* scratch = workspace(
-        Slot::item, (size_t)(forward.index_floats() + backward.index_floats() + weight_floats + x_floats + z_floats));
-    IVec* forward_index = (IVec*)scratch;
-    IVec* backward_index = (IVec*)(scratch + forward.index_floats());
-    float* packed = scratch + forward.index_floats() + backward.index_floats();
+    IVec* forward_index = (IVec*)scratch.mine();
+    IVec* backward_index = (IVec*)(scratch.mine() + forward.index_floats());
+    float* packed = scratch.mine() + forward.index_floats() + backward.index_floats();
     float* x_staged = packed + weight_floats;
     float* z_staged = x_staged + x_floats;
     forward.fill_index(forward_index);
     backward.fill_index(backward_index);
-    if (dx) pack_transposed_weight(p, backward, group, groups, (const T*)weight, reversed, packed);
+    bool item_finite = true;
+    if (dx && winograd)
+      item_finite = pack_winograd_weight(p, backward, true, group, groups, (const T*)weight, z_staged, packed);
+    else if (dx)
+      pack_weight(p, backward, true, group, groups, (const T*)weight, packed);
     float* chunk_dweight = nullptr;
     if (dweight) {
-      chunk_dweight = partial + split * split_floats + chunk * dweight_floats;
+      chunk_dweight = scratch.shared + split * split_floats + chunk * dweight_floats;
       for (int64_t i = 0; i < dweight_floats; ++i) chunk_dweight[i] = 0;
     }
 
-    const UnitPass pass{p, backward, true, groups, packed, backward_index};
-    for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-      const Window window = unit_window(plan, p, unit);
-      const Window own = own_window(window, p);
+    const int64_t x_channel = group * p.din(), z_channel = group * p.dout();
+    const auto ahead_of = [&](const Window& z_window, const Window& x_window) {
+      Ahead ahead;
+      for (const void* tensor : {gradient.dy, gradient.z})
+        ahead.add((const T*)tensor, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
+      ahead.add(dweight ? (const T*)x : nullptr, p.N, p.H, p.W, p.C, x_window, x_channel, groups * p.din());
+      return ahead;
+    };
+    InputGradientSink<T> sink{p, (T*)dx, x_channel, {}};
+    for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
+      const Window window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
+      const Window own = sink.window = own_window(window, p);
+      if constexpr (winograd) {
+        const Slots x_item(p.din(), p.dout(), groups), z_item(p.dout(), p.din(), groups);
+        const Pairs<4> e = z_shape.of(z_staged, z_item.count, window);
+        const Pairs<4> v = x_shape.of(x_staged, x_item.count, window);
+        const Pairs<2> raw_e = raw_shape.of(x_staged + x_shape.floats(), z_item.count, window);
+        const WinogradPass pass{p, backward, z_item, groups, packed, backward_index};
+        for_steps(window, next, e.rows - 2, p.H, [&](const Window& rows, const Window& now, const Window& then) {
+          with_gradient<T>(gradient, [&](auto value) {
+            item_finite &=
+                stage_pairs(e, dweight ? &raw_e : nullptr, z_item, groups, now, p.H, p.W, p.K, z_channel, value);
+          });
+          Ahead ahead = ahead_of(then, then);
+          if (dx) pass.run(rows, e, ahead, sink);
+          if (!dweight) return;
+          with_activation((const T*)x, prologue, [&](auto value) {
+            item_finite &= stage_pairs(v, nullptr, x_item, groups, now, p.H, p.W, p.C, x_channel, value);
+          });
+          add_winograd_weight_gradient(p, forward, x_item, groups, rows, v, e, raw_e, forward_index, chunk_dweight);
+        });
+        continue;
+      }
       const Staged dz{z_staged, gradient_window(own, p), z_pixel};
-      stage_gradient<T>(dz, p, group * p.dout(), groups * p.dout(), gradient);
-      if (dx) {
-        pass.run(own, dz,
-                 [&](int64_t, const Block& block, int64_t row, int64_t column, int64_t step, int64_t count,
-                     const float* values) {
-                   const int64_t channel = group * p.din() + block.out;
-                   T* to = dx + ((own.n * p.H + row) * p.W + column) * p.C + channel;
-                   if (row + 1 < p.H) prefetch_pixels(to + p.W * p.C, step * p.C, count, block);
-                   if (block.lanes == kLanes)
-                     write_pixels<T>({}, to, nullptr, channel, step * p.C, count, values, AllLanes{});
-                   else
-                     write_pixels<T>({}, to, nullptr, channel, step * p.C, count, values, FirstLanes{block.lanes});
-                 });
-      }
-      if (dweight) {
-        const Staged input{x_staged, input_window(window, p), x_pixel};
-        stage_activation(input, p, group * p.din(), groups * p.din(), (const T*)x, prologue);
-        add_weight_gradient(p, forward, groups, window, input, dz, forward_index, chunk_dweight);
-      }
+      stage_gradient<T>(dz, p, z_channel, groups * p.dout(), gradient);
+      Ahead ahead = ahead_of(gradient_window(own_window(next, p), p), input_window(next, p));
+      if (dx) UnitPass{p, backward, true, groups, packed, backward_index}.run(own, dz, ahead, sink);
+      if (!dweight) continue;
+      const Staged input{x_staged, input_window(window, p), x_pixel};
+      stage_activation(input, p, x_channel, groups * p.din(), (const T*)x, prologue);
+      add_weight_gradient(p, forward, groups, window, input, dz, forward_index, chunk_dweight);
+    }
+    if (!item_finite) {
+#pragma omp atomic write
+      finite = false;
     }
   });
+  if (!dweight || !finite) return finite;
 
-  if (dweight) {
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1 && plan.chunks > 1)
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
-      write_weight_gradient(p, forward, plan, chunk, partial + chunk * dweight_floats, split_floats, (T*)dweight);
+  for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+    write_weight_gradient(p, forward, winograd, plan, chunk, scratch.shared + chunk * dweight_floats, split_floats,
+                          (T*)dweight);
+  return true;
+}
+
+template <class T>
+void conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const void* x, Affine prologue,
+                   const void* weight, void* dx, void* dweight, int num_threads) {
+  if constexpr (kWinograd) {
+    if (winograd_serves(p) && conv_backward<T, true>(p, gradient, x, prologue, weight, dx, dweight, num_threads))
+      return;
   }
+  conv_backward<T, false>(p, gradient, x, prologue, weight, dx, dweight, num_threads);
 }
 
 }  // namespace resnext_kernels::cpu::RK_ISA

@@ -47,24 +47,20 @@ const Kernels* select_kernels(const char* isa) {
   return nullptr;
 }
 
-float* workspace(Slot slot, size_t floats) {
+float* workspace(size_t floats) {
   constexpr std::align_val_t kAlignment{64};
   struct Free {
     void operator()(float* p) const { ::operator delete[](p, kAlignment); }
   };
-  struct Buffer {
-    std::unique_ptr<float[], Free> data;
-    size_t size = 0;
-  };
-  thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.size < floats) {
-    buffer.data.reset();
-    buffer.size = 0;
-    buffer.data.reset(static_cast<float*>(::operator new[](floats * sizeof(float), kAlignment)));
-    buffer.size = floats;
+  thread_local std::unique_ptr<float[], Free> data;
+  thread_local size_t size = 0;
+  if (size < floats) {
+    data.reset();
+    size = 0;
+    data.reset(static_cast<float*>(::operator new[](floats * sizeof(float), kAlignment)));
+    size = floats;
   }
-  return buffer.data.get();
+  return data.get();
 }
 
 }  // namespace resnext_kernels::cpu

@@ -75,9 +75,8 @@ const Kernels* const* supported_kernels();
 const Kernels& kernels();
 const Kernels* select_kernels(const char* isa);
 
-// Scratch memory of the calling thread, 64-byte aligned, kept between calls and grown on demand. Two slots, so
-// that the thread that starts a parallel region can hold one across it. Throws std::bad_alloc.
-enum class Slot { call, item };
-float* workspace(Slot slot, size_t floats);
+// Scratch memory of a call, 64-byte aligned: it belongs to the calling thread, which shares it with the threads of its
+// parallel regions, is kept between calls and grown on demand. Throws std::bad_alloc, so never within a region.
+float* workspace(size_t floats);
 
 }  // namespace resnext_kernels::cpu

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "plan.h"
 #include "simd.h"
 
 namespace resnext_kernels::cpu::RK_ISA {
@@ -33,6 +34,15 @@ RK_INLINE void store(T* p, Vec v, AllLanes) {
 template <class T>
 RK_INLINE void store(T* p, Vec v, FirstLanes lanes) {
   store_partial(p, v, lanes.n);
+}
+
+template <class T>
+RK_INLINE void write(T* p, Vec v, AllLanes, bool past_cache) {
+  past_cache ? stream(p, v) : store(p, v);
+}
+template <class T>
+RK_INLINE void write(T* p, Vec v, FirstLanes lanes, bool) {
+  store(p, v, lanes);
 }
 
 // f(channel, lanes) for every vector of the C channels.
@@ -76,7 +86,10 @@ struct RowBands {
 template <class F>
 void for_bands(RowBands rows, int num_threads, F f) {
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) if (rows.bands > 1 && num_threads > 1)
-  for (int64_t band = 0; band < rows.bands; ++band) f(band, rows.begin(band), rows.begin(band + 1));
+  for (int64_t band = 0; band < rows.bands; ++band) {
+    f(band, rows.begin(band), rows.begin(band + 1));
+    end_streaming();
+  }
 }
 
 // f(row, count) with a constant count.rows of 4, then 1: sums of four rows are kept in registers.
@@ -114,14 +127,15 @@ template <class T>
 void batch_stats(int64_t M, int64_t C, const void* z_, float* mean, float* var, int num_threads) {
   const T* z = (const T*)z_;
   const RowBands rows(M, num_threads);
-  double* means = (double*)workspace(Slot::call, (size_t)(2 * (2 * rows.bands * C + rows.bands)));
+  const Scratch scratch(num_threads, 2 * (2 * rows.bands * C + rows.bands), 3 * (C + kLanes));
+  double* means = (double*)scratch.shared;
   double* m2s = means + rows.bands * C;
   double* counts = m2s + rows.bands * C;
 
   for_bands(rows, num_threads, [&](int64_t band, int64_t begin, int64_t end) {
     double* band_mean = means + band * C;
     double* band_m2 = m2s + band * C;
-    float* origin = workspace(Slot::item, (size_t)(3 * (C + kLanes)));
+    float* origin = scratch.mine();
     float* block_mean = origin + C + kLanes;
     float* block_m2 = block_mean + C + kLanes;
     for (int64_t c = 0; c < C; ++c) band_mean[c] = band_m2[c] = 0;
@@ -132,7 +146,10 @@ void batch_stats(int64_t M, int64_t C, const void* z_, float* mean, float* var, 
         for_channels(C, [&](int64_t c, auto lanes) {
           Vec v[n.rows], sum{}, m2{};
 #pragma GCC unroll 4
-          for (int r = 0; r < n.rows; ++r) v[r] = load(z + (row + r) * C + c, lanes);
+          for (int r = 0; r < n.rows; ++r) {
+            prefetch_ahead(z + (row + r) * C + c);
+            v[r] = load(z + (row + r) * C + c, lanes);
+          }
           if (row == block) {
             for (int r = 0; r < n.rows; ++r) sum += v[r];
             store(origin + c, sum * broadcast(1.0f / n.rows));
@@ -169,16 +186,19 @@ void normalize_relu(int64_t M, int64_t C, const void* z_, Affine affine, const v
   const T* z = (const T*)z_;
   const T* residual = (const T*)residual_;
   T* y = (T*)y_;
+  const bool past_cache = streams(y, M, C);
   for_bands(RowBands(M, num_threads), num_threads, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for_channels(C, [&](int64_t c, auto lanes) {
         const int64_t at = row * C + c;
+        prefetch_ahead(z + at);
         Vec v = apply(affine, c, load(z + at, lanes), lanes);
         if (residual) {
+          prefetch_ahead(residual + at);
           const Vec r = load(residual + at, lanes);
           v += residual_affine.scale ? apply(residual_affine, c, r, lanes) : r;
         }
-        store(y + at, relu(v), lanes);
+        write(y + at, relu(v), lanes, past_cache);
       });
     }
   });
@@ -190,11 +210,12 @@ void bn_relu_backward(int64_t M, int64_t C, const ReluBNGradient& gradient, cons
                       float* sum_g, float* sum_g_xhat, int num_threads) {
   const T* z = (const T*)gradient.z;
   const RowBands rows(M, num_threads);
-  double* sums = (double*)workspace(Slot::call, 2 * 2 * rows.bands * C);
+  const Scratch scratch(num_threads, 2 * 2 * rows.bands * C, 2 * (C + kLanes));
+  double* sums = (double*)scratch.shared;
 
   for_bands(rows, num_threads, [&](int64_t band, int64_t begin, int64_t end) {
     double* sum = sums + 2 * band * C;
-    float* partial = workspace(Slot::item, 2 * (C + kLanes));
+    float* partial = scratch.mine();
     float* partial_centred = partial + C + kLanes;
     for (int64_t c = 0; c < 2 * C; ++c) sum[c] = 0;
     for (int64_t block = begin; block < end; block += kRowsPerSum) {
@@ -207,6 +228,8 @@ void bn_relu_backward(int64_t M, int64_t C, const ReluBNGradient& gradient, cons
 #pragma GCC unroll 4
           for (int r = 0; r < n.rows; ++r) {
             const int64_t at = (row + r) * C + c;
+            prefetch_ahead(z + at);
+            prefetch_ahead((const T*)gradient.dy + at);
             const Vec v = load(z + at, lanes);
             const Vec g = masked_gradient<T, kMaskFromY>(gradient, at, c, v, lanes);
             s += g;
@@ -234,11 +257,14 @@ void bn_relu_backward(int64_t M, int64_t C, const ReluBNGradient& gradient, cons
 // ---- dz = a * g + b * z + c
 template <class T, bool kMaskFromY>
 void bn_relu_input_gradient(int64_t M, int64_t C, const ReluBNGradient& gradient, void* dz, int num_threads) {
+  const bool past_cache = dz != gradient.dy && streams((const T*)dz, M, C);
   for_bands(RowBands(M, num_threads), num_threads, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for_channels(C, [&](int64_t c, auto lanes) {
         const int64_t at = row * C + c;
-        store((T*)dz + at, input_gradient<T, kMaskFromY>(gradient, at, c, lanes), lanes);
+        prefetch_ahead((const T*)gradient.z + at);
+        prefetch_ahead((const T*)gradient.dy + at);
+        write((T*)dz + at, input_gradient<T, kMaskFromY>(gradient, at, c, lanes), lanes, past_cache);
       });
     }
   });

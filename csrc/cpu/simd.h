@@ -125,6 +125,46 @@ RK_INLINE void store(f16* p, Vec v) {
 }
 #endif
 
+// ---- memory beyond the cache
+// A tensor of this size will not be in the cache when its reader comes: it is written past it, which saves reading its
+// lines first. Needs vectors aligned to their size.
+constexpr int64_t kStreamBytes = 8 << 20;
+template <class T>
+inline bool streams(const T* p, int64_t pixels, int64_t C) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  return pixels * C * (int64_t)sizeof(T) >= kStreamBytes && (uintptr_t)p % 64 == 0 && C % kLanes == 0;
+#else
+  return (void)p, (void)pixels, (void)C, false;
+#endif
+}
+#if defined(__AVX512F__)
+RK_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+RK_INLINE void stream_bits(void* p, HVec v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
+#elif defined(__AVX2__)
+RK_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, (__m256)v); }
+RK_INLINE void stream_bits(void* p, HVec v) { _mm_stream_si128((__m128i*)p, (__m128i)v); }
+#else
+RK_INLINE void stream(float* p, Vec v) { store(p, v); }
+RK_INLINE void stream_bits(void* p, HVec v) { store_bits(p, v); }
+#endif
+RK_INLINE void stream(bf16* p, Vec v) { stream_bits(p, round_bf16(v)); }
+RK_INLINE void stream(f16* p, Vec v) {
+  HVec bits;
+  store((f16*)&bits, v);
+  stream_bits(p, bits);
+}
+// What was streamed is visible to others from here on.
+RK_INLINE void end_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+// Asks for what a loop over consecutive elements will load soon: the processor alone does not look far enough ahead.
+template <class T>
+RK_INLINE void prefetch_ahead(const T* p) {
+  __builtin_prefetch((const char*)p + 2048);
+}
+
 // ---- the first n lanes only (0 < n < kLanes); the other lanes load as zero
 template <class T>
 RK_INLINE Vec load_partial(const T* p, int n) {
@@ -151,6 +191,16 @@ RK_INLINE void store_partial(float* p, Vec v, int n) {
 }
 #endif
 
+// Holds v in a register, so that what is made of it several times is not loaded several times.
+RK_INLINE Vec in_register(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // ---- lanes chosen by index
 RK_INLINE Vec permute(Vec v, IVec index) {
 #if defined(__AVX512F__)
@@ -175,6 +225,17 @@ RK_INLINE Vec spread_quads(Vec v, int i) {
 #undef RK_SPREAD
 #else
   return broadcast(v[i]);
+#endif
+}
+
+// The lower (0) or the upper (1) four of every eight lanes, twice; sixteen lanes only.
+RK_INLINE Vec spread_octets(Vec v, int half) {
+#if defined(__AVX512F__)
+  return half == 0 ? (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xa0)
+                   : (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xf5);
+#else
+  (void)half;
+  return v;
 #endif
 }
 

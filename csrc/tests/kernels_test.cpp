@@ -335,6 +335,35 @@ void for_each_product(const ConvProblem& p, F f) {
   });
 }
 
+// Where the kernels compute pairs of columns by F(2, 3), rounding enters by more products than those of the
+// convolution: all of a pair with what either of its columns reads, ky fixed. The magnitudes of V0 U0 ... V3 U3 sum to
+// at most twice those of these products, and so do those of the gradient's M. Calls f(index of the operand, index of
+// weight, index of the result) for each, twice; `transposed`: the result is x, else z.
+template <class F>
+void for_each_rounding(const ConvProblem& p, bool transposed, F f) {
+  if (p.stride != 1 || p.dilation != 1) return;
+  const int64_t din = p.din(), dout = p.dout();
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t row = 0; row < p.H; ++row)
+      for (int64_t from = std::max<int64_t>(row - 1, 0); from <= std::min(row + 1, p.H - 1); ++from)
+        for (int64_t column = 0; column < p.W; ++column)
+          for (int64_t c = std::max<int64_t>(column / 2 * 2 - 1, 0); c <= std::min(column / 2 * 2 + 2, p.W - 1); ++c)
+            for (int64_t kx = 0; kx < 6; ++kx) {
+              const int64_t ky = transposed ? row - from + 1 : from - row + 1;
+              const int64_t result = (n * p.H + row) * p.W + column, operand = (n * p.H + from) * p.W + c;
+              for (int64_t k = 0; k < p.K; ++k)
+                for (int64_t i = 0; i < din; ++i) {
+                  const int64_t x = k / dout * din + i, w = (k * din + i) * 9 + ky * 3 + kx % 3;
+                  if (transposed)
+                    f(operand * p.K + k, w, result * p.C + x);
+                  else
+                    f(operand * p.C + x, w, result * p.K + k);
+                }
+            }
+}
+
+double finite_or_zero(double v) { return std::isfinite(v) ? v : 0; }
+
 Expected summed(const Terms& sum, double count) {
   Expected e(sum.value.size());
   e.value = sum.value;
@@ -350,6 +379,9 @@ Expected convolution(const ConvProblem& p, const Terms& a, const vector<double>&
     z.value[o] += a.value[x] * weight[w];
     z.magnitude[o] += a.magnitude[x] * std::fabs(weight[w]);
   });
+  for_each_rounding(p, false, [&](size_t x, size_t w, size_t o) {
+    z.magnitude[o] += finite_or_zero(a.magnitude[x] * std::fabs(weight[w]));
+  });
   return summed(z, 9.0 * p.din());
 }
 
@@ -359,6 +391,9 @@ Expected data_gradient(const ConvProblem& p, const Terms& dz, const vector<doubl
     dx.value[x] += dz.value[o] * weight[w];
     dx.magnitude[x] += dz.magnitude[o] * std::fabs(weight[w]);
   });
+  for_each_rounding(p, true, [&](size_t o, size_t w, size_t x) {
+    dx.magnitude[x] += finite_or_zero(dz.magnitude[o] * std::fabs(weight[w]));
+  });
   return summed(dx, 9.0 * p.dout());
 }
 
@@ -367,6 +402,9 @@ Expected weight_gradient(const ConvProblem& p, const Terms& dz, const Terms& a) 
   for_each_product(p, [&](size_t x, size_t w, size_t o) {
     dweight.value[w] += dz.value[o] * a.value[x];
     dweight.magnitude[w] += dz.magnitude[o] * a.magnitude[x];
+  });
+  for_each_rounding(p, false, [&](size_t x, size_t w, size_t o) {
+    dweight.magnitude[w] += finite_or_zero(dz.magnitude[o] * a.magnitude[x]);
   });
   Expected result = summed(dweight, rows(p));
   for_each_tap(p, [&](int64_t z_pixel, int64_t x_pixel, int64_t tap) {

@@ -1,0 +1,210 @@
+// How a grouped convolution is cut into work for one instruction set: vectors of channels, chunks, units, items.
+//
+// Work is cut into chunks (whole groups, about kChunkChannels channels) x units (an image's band of pixels). Items,
+// runs of units of one chunk, are what threads take; what an item computes does not depend on the thread.
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace resnext_kernels::cpu::RK_ISA {
+
+// ---- configuration
+constexpr int64_t kChunkChannels = 128;        // wide pieces of a pixel touch few memory pages at a time
+constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this
+constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
+constexpr int64_t kBandColumns = 64;
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// ---- how groups map to vectors
+// One vector of output channels: offsets within the chunk.
+struct Block {
+  int64_t out, in;
+  int lanes;
+};
+
+// A convolution from din to dout channels per group.
+struct Blocks {
+  int64_t din, dout;
+  int64_t groups_per_block;  // > 1: a vector holds several whole groups
+  int64_t blocks_per_group;  // of a group wider than half a vector
+
+  Blocks(int64_t din, int64_t dout)
+      : din(din),
+        dout(dout),
+        groups_per_block(max(1, kLanes / max(din, dout))),
+        blocks_per_group(groups_per_block > 1 ? 1 : ceil_div(dout, kLanes)) {}
+
+  int64_t count(int64_t groups) const {
+    return groups_per_block > 1 ? ceil_div(groups, groups_per_block) : groups * blocks_per_group;
+  }
+  Block block(int64_t index, int64_t groups) const {
+    if (groups_per_block > 1) {
+      const int64_t group = index * groups_per_block;
+      return {group * dout, group * din, (int)(min(groups_per_block, groups - group) * dout)};
+    }
+    const int64_t group = index / blocks_per_group, part = index % blocks_per_group * kLanes;
+    return {group * dout + part, group * din, (int)min(kLanes, dout - part)};
+  }
+  Access access() const {
+    if (groups_per_block == 1) return Access::broadcast;
+    if (din == 4 && dout == 4) return Access::quads;
+    return kLanes == 16 && din == 8 && dout == 8 ? Access::octets : Access::lanes;
+  }
+  // index[ci]: the lane of the block's input vector that holds channel ci of the lane's group
+  void fill_index(IVec* index) const {
+    if (groups_per_block == 1) return;
+    for (int64_t ci = 0; ci < din; ++ci)
+      for (int lane = 0; lane < kLanes; ++lane)
+        ((int32_t*)&index[ci])[lane] = (int32_t)min(lane / dout * din + ci, kLanes - 1);
+  }
+  int64_t index_floats() const { return groups_per_block == 1 ? 0 : din * kLanes; }
+};
+
+// Floats from one staged pixel to the next: an odd number of cache lines, so that the same channels of neighbouring
+// pixels do not compete for the same sets of the cache.
+inline int64_t staged_pixel(int64_t channels) {
+  const int64_t floats = round_up(channels, kLanes);
+  return floats > 32 && floats % 32 == 0 ? floats + 16 : floats;
+}
+
+// ---- how the problem is cut into work
+struct Plan {
+  int64_t chunk_groups, chunks;  // channels
+  int64_t rows, columns;         // of z, per unit
+  int64_t row_bands, column_bands, units;
+  int64_t splits;  // runs of units: the items of one chunk
+
+  // `staged`: how many windows of a unit are in scratch memory at a time; 0: none, a unit can have any number of rows.
+  Plan(const ConvProblem& p, int num_threads, int staged) {
+    const int64_t width = max(p.din(), p.dout());
+    const int64_t step = Blocks(p.din(), p.dout()).groups_per_block;
+    chunk_groups = min(p.groups, round_up(max(1, min(kChunkChannels, kChunkWeights / width) / width), step));
+    chunks = ceil_div(p.groups, chunk_groups);
+
+    const int64_t out_h = p.out_h(), out_w = p.out_w();
+    column_bands = ceil_div(out_w, kBandColumns);
+    columns = round_up(ceil_div(out_w, column_bands), 2);
+    column_bands = ceil_div(out_w, columns);
+    const int64_t row_floats = (columns * p.stride + 2 * p.dilation) * staged_pixel(chunk_groups * width);
+    rows = staged == 0 ? out_h : max(4, (kScratchFloats / staged / row_floats - 2 * p.dilation) / p.stride);
+    rows = ceil_div(out_h, ceil_div(out_h, rows));
+    while (rows > 4 && chunks * p.N * ceil_div(out_h, rows) * column_bands < 2 * num_threads) rows = ceil_div(rows, 2);
+    row_bands = ceil_div(out_h, rows);
+    units = p.N * row_bands * column_bands;
+    splits = max(1, min(units, ceil_div(4 * num_threads, chunks)));
+  }
+  int64_t items() const { return chunks * splits; }
+  int64_t groups(const ConvProblem& p, int64_t chunk) const {
+    return min(chunk_groups, p.groups - chunk * chunk_groups);
+  }
+};
+
+// A band of pixels of image n: of z while planning, of anything while staging. Rows and columns may lie outside the
+// image; columns outside are staged as zeros, rows outside are never read.
+struct Window {
+  int64_t n, row, rows, column, columns;
+};
+
+inline Window unit_window(const Plan& plan, const ConvProblem& p, int64_t unit) {
+  const int64_t column_band = unit % plan.column_bands;
+  const int64_t row_band = unit / plan.column_bands % plan.row_bands;
+  const int64_t row = row_band * plan.rows, column = column_band * plan.columns;
+  return {unit / plan.column_bands / plan.row_bands, row, min(plan.rows, p.out_h() - row), column,
+          min(plan.columns, p.out_w() - column)};
+}
+
+// The pixels of x that z's window reads.
+inline Window input_window(const Window& z, const ConvProblem& p) {
+  const int64_t halo = 2 * p.dilation;
+  return {z.n, z.row * p.stride - p.dilation, (z.rows - 1) * p.stride + 1 + halo, z.column * p.stride - p.dilation,
+          (z.columns - 1) * p.stride + 1 + halo};
+}
+
+// The pixels of x that belong to z's window: these windows tile x.
+inline Window own_window(const Window& z, const ConvProblem& p) {
+  const int64_t row = z.row * p.stride, column = z.column * p.stride;
+  return {z.n, row, min(z.rows * p.stride, p.H - row), column, min(z.columns * p.stride, p.W - column)};
+}
+
+// The pixels of z that the gradient of x's window reads.
+inline Window gradient_window(const Window& x, const ConvProblem& p) {
+  const int64_t first_row = floor_div(x.row - p.dilation, p.stride);
+  const int64_t first_column = floor_div(x.column - p.dilation, p.stride);
+  return {x.n, first_row, floor_div(x.row + x.rows - 1 + p.dilation, p.stride) - first_row + 1, first_column,
+          floor_div(x.column + x.columns - 1 + p.dilation, p.stride) - first_column + 1};
+}
+
+// What will be staged next: asked for a few cache lines at a time, so that memory works while the tiles compute.
+struct Ahead {
+  // The pixels of an (N, H, W, C) tensor inside the window, from a chunk's first channel on; none for a null pointer.
+  template <class T>
+  void add(const T* tensor, int64_t N, int64_t H, int64_t W, int64_t C, Window w, int64_t channel, int64_t channels) {
+    const int64_t row = max(w.row, 0), column = max(w.column, 0);
+    const int64_t rows = min(w.row + w.rows, H) - row, pixels = min(w.column + w.columns, W) - column;
+    if (!tensor || w.n >= N || rows <= 0 || pixels <= 0) return;
+    constexpr int64_t kSize = sizeof(T);
+    const char* first = (const char*)(tensor + ((w.n * H + row) * W + column) * C + channel);
+    const int64_t skipped = (int64_t)((uintptr_t)first % 64);  // from the start of a line
+    parts_[count_++] = {first - skipped, rows,      W * C * kSize,
+                        pixels,          C * kSize, ceil_div(channels * kSize + skipped, 64)};
+    lines += rows * pixels * parts_[count_ - 1].lines;
+  }
+  RK_INLINE void fetch(int64_t n) {
+    for (; n > 0 && part_ < count_; --n) {
+      const Part& part = parts_[part_];
+      __builtin_prefetch(part.first + row_ * part.row_bytes + pixel_ * part.pixel_bytes + line_ * 64, 0, 2);
+      if (++line_ < part.lines) continue;
+      line_ = 0;
+      if (++pixel_ < part.pixels) continue;
+      pixel_ = 0;
+      if (++row_ < part.rows) continue;
+      row_ = 0;
+      ++part_;
+    }
+  }
+  int64_t lines = 0;  // all that were added
+
+ private:
+  struct Part {
+    const char* first;
+    int64_t rows, row_bytes, pixels, pixel_bytes, lines;
+  };
+  Part parts_[3];
+  int64_t count_ = 0, part_ = 0, row_ = 0, pixel_ = 0, line_ = 0;
+};
+
+// The memory of one call: a part that the threads share and a slice for each of them.
+struct Scratch {
+  float* shared;
+
+  Scratch(int num_threads, int64_t shared_floats, int64_t thread_floats)
+      : shared_floats_(round_up(shared_floats, 16)), thread_floats_(round_up(thread_floats, 16)) {
+    shared = workspace((size_t)(shared_floats_ + num_threads * thread_floats_));
+  }
+  float* mine() const { return shared + shared_floats_ + omp_get_thread_num() * thread_floats_; }
+
+ private:
+  int64_t shared_floats_, thread_floats_;
+};
+
+// f(chunk, split, first unit, last unit) for every item; an item's work does not depend on the thread that does it.
+template <class F>
+void for_items(const Plan& plan, int num_threads, F f) {
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) if (num_threads > 1 && plan.items() > 1)
+  for (int64_t item = 0; item < plan.items(); ++item) {
+    const int64_t split = item / plan.chunks;
+    f(item % plan.chunks, split, split * plan.units / plan.splits, (split + 1) * plan.units / plan.splits);
+    end_streaming();
+  }
+}
+
+}  // namespace resnext_kernels::cpu::RK_ISA

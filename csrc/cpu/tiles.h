@@ -1,0 +1,213 @@
+// The register tiles of the grouped 3x3 convolution, for one instruction set.
+//
+// Lanes of a vector are neighbouring output channels. The nine taps of an input channel need its value in all lanes of
+// its group, which is a broadcast from memory when a group fills a vector, and a permutation of the loaded vector when
+// several groups share one:
+//
+//     4 channels a group, 8 lanes       pixel  | a0 a1 a2 a3 | b0 b1 b2 b3 |      groups a and b
+//                                       ci = 1 | a1 a1 a1 a1 | b1 b1 b1 b1 |
+//
+// A tile is one vector of channels times A neighbouring pixels of a row, accumulated in registers. For one (ky, ci) it
+// holds the three weights of kx and walks the columns once, so a value read serves three FMAs:
+//
+//     q = 0 1 2 3 4 ...    acc[q - kx] += w[kx] * a[q]
+#pragma once
+
+#include "simd.h"
+
+namespace resnext_kernels::cpu::RK_ISA {
+
+constexpr int kTile = kRegisters == 16 ? 10 : 14;  // accumulators; + 3 weights + index + input
+
+// How an input channel reaches the lanes of its group: from memory, by a permutation within four lanes, by one within
+// eight, by any.
+enum class Access { broadcast, quads, octets, lanes };
+
+// Which accumulator the value of column q feeds through the tap kx, as the tile counts columns.
+enum class Map {
+  stride1,      // conv, stride 1, and its transpose: q - kx
+  stride2,      // conv, stride 2: (q - kx) / 2 where it divides
+  transposed2,  // transpose of stride 2: 2 q + kx - 1
+};
+
+template <Map M, int A>
+constexpr int kColumnsRead = M == Map::stride1   ? A + 2
+                             : M == Map::stride2 ? 2 * A + 1
+                                                 : A / 2 + 1;
+
+template <Map M, int A>
+constexpr int accumulator(int q, int kx) {
+  const int at = M == Map::stride1 ? q - kx : M == Map::stride2 ? ((q - kx) % 2 ? -1 : (q - kx) / 2) : 2 * q + kx - 1;
+  return at < A ? at : -1;
+}
+
+// Where the A values of a tile go: pixel i < count to out + i * stride, as they are or, with a scale, as
+// relu(scale * value + shift [+ residual]).
+struct TileOut {
+  float* out;
+  int64_t stride, count;
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+  const float* residual = nullptr;
+  bool past_cache = false;
+};
+
+template <int A, class F>
+RK_INLINE void emit_each(const TileOut& to, F&& value) {
+  const int n = (int)(A - (to.count < A));  // a tile of whole pairs may have one value too many
+  if (to.past_cache) {
+#pragma GCC unroll 64
+    for (int i = 0; i < A; ++i)
+      if (i < A - 1 || n == A) stream(to.out + i * to.stride, value(i));
+  } else {
+#pragma GCC unroll 64
+    for (int i = 0; i < A; ++i)
+      if (i < A - 1 || n == A) store(to.out + i * to.stride, value(i));
+  }
+}
+template <int A>
+RK_INLINE void emit(const TileOut& to, const Vec (&values)[A]) {
+  if (!to.scale) return emit_each<A>(to, [&](int i) RK_INLINE_LAMBDA { return values[i]; });
+  const Vec scale = load(to.scale), shift = load(to.shift);
+  if (to.residual)
+    emit_each<A>(to, [&](int i) RK_INLINE_LAMBDA {
+      return relu(values[i] * scale + shift + load(to.residual + i * to.stride));
+    });
+  else
+    emit_each<A>(to, [&](int i) RK_INLINE_LAMBDA { return relu(values[i] * scale + shift); });
+}
+
+// One row of input that a row of output reads: the first column of the tile and the three weights of its ky.
+struct RowTap {
+  const float* input;
+  const float* weight;
+};
+
+template <Access X>
+RK_INLINE Vec read(const float* pixel, int64_t ci, IVec index) {
+  if (X == Access::broadcast) return broadcast(pixel[ci]);
+  return X == Access::quads ? spread_quads(load(pixel), (int)ci) : permute(load(pixel), index);
+}
+
+// Hides where a pointer comes from: keeps the compiler from holding what it read for one ci in registers, of which
+// there are none to spare, or on the stack.
+RK_INLINE const float* fresh(const float* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
+// A pixel's value for several input channels in turn, kFrom first: read once, then permuted in a register.
+template <Access X, int kFrom>
+struct SpreadInput {
+  const float* pixel;
+  Vec value;
+
+  RK_INLINE explicit SpreadInput(const float* p) : pixel(p), value{} {
+    if (X == Access::broadcast) return;
+    value = load(pixel);
+    if (X == Access::octets) value = spread_octets(value, kFrom / 4);
+    value = in_register(value);
+  }
+  RK_INLINE Vec at(int i, IVec lanes) const {
+    if (X == Access::broadcast) return broadcast(pixel[kFrom + i]);
+    return X == Access::lanes ? permute(value, lanes) : spread_quads(value, (kFrom + i) % 4);
+  }
+};
+
+// f(ci) for the din input channels of a group. Groups of four: bound and ci become constants, as permutations need.
+template <Access X, class F>
+RK_INLINE void for_inputs(int64_t din, F&& f) {
+  if (X == Access::quads || X == Access::octets) {  // of octets, four at a time
+#pragma GCC unroll 4
+    for (int ci = 0; ci < 4; ++ci) f(ci);
+  } else {
+    for (int64_t ci = 0; ci < din; ++ci) f(ci);
+  }
+}
+
+template <Access X, Map M, int A>
+void conv_tile(const RowTap* taps, int tap_count, int64_t pixel, int64_t din, const IVec* index, const TileOut& to) {
+  Vec acc[A] = {};
+  for (int t = 0; t < tap_count; ++t) {
+    for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
+      const float* weight = taps[t].weight + ci * (9 * kLanes);
+      const Vec w[3] = {load(weight), load(weight + kLanes), load(weight + 2 * kLanes)};
+      const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
+      const float* input = fresh(taps[t].input);
+#pragma GCC unroll 64
+      for (int q = 0; q < kColumnsRead<M, A>; ++q, input += pixel) {
+        const Vec value = read<X>(input, ci, lanes);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) {
+          const int at = accumulator<M, A>(q, kx);
+          if (at >= 0) acc[at] += w[kx] * value;
+        }
+      }
+    });
+  }
+  emit(to, acc);
+}
+
+// Any stride and dilation: a list of taps, one FMA per value read; accumulator i reads `step` floats after i - 1.
+template <Access X, int A>
+void tap_tile(const RowTap* taps, int tap_count, int64_t step, int64_t din, const IVec* index, const TileOut& to) {
+  Vec acc[A] = {};
+  for (int t = 0; t < tap_count; ++t) {
+    for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
+      const Vec w = load(taps[t].weight + ci * (9 * kLanes));
+      const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
+      const float* input = fresh(taps[t].input);
+#pragma GCC unroll 64
+      for (int i = 0; i < A; ++i, input += step) acc[i] += w * read<X>(input, ci, lanes);
+    });
+  }
+  emit(to, acc);
+}
+
+// The tiles by number of accumulators.
+using Tile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut&);
+struct Tiles {
+  Tile by_size[kTile + 1];
+};
+
+template <Access X, Map M, int A>
+constexpr void fill_conv_tiles(Tiles& tiles) {
+  if constexpr (A > 0) {
+    tiles.by_size[A] = conv_tile < X, M, M == Map::transposed2 ? (A + 1) / 2 * 2 : A > ;
+    fill_conv_tiles<X, M, A - 1>(tiles);
+  }
+}
+template <Access X, int A>
+constexpr void fill_tap_tiles(Tiles& tiles) {
+  if constexpr (A > 0) {
+    tiles.by_size[A] = tap_tile<X, A>;
+    fill_tap_tiles<X, A - 1>(tiles);
+  }
+}
+
+template <Access X>
+const Tiles& tiles_for(bool transposed, int64_t stride, int64_t dilation) {
+  struct All {
+    Tiles stride1{}, stride2{}, transposed2{}, any{};
+    constexpr All() {
+      fill_conv_tiles<X, Map::stride1, kTile>(stride1);
+      fill_conv_tiles<X, Map::stride2, kTile>(stride2);
+      fill_conv_tiles<X, Map::transposed2, kTile>(transposed2);
+      fill_tap_tiles<X, kTile>(any);
+    }
+  };
+  static constexpr All all;
+  if (dilation != 1 || stride > 2) return all.any;
+  if (stride == 1) return all.stride1;
+  return transposed ? all.transposed2 : all.stride2;
+}
+
+inline const Tiles& tiles_for(Access access, bool transposed, int64_t stride, int64_t dilation) {
+  switch (access) {
+    case Access::broadcast: return tiles_for<Access::broadcast>(transposed, stride, dilation);
+    case Access::quads: return tiles_for<Access::quads>(transposed, stride, dilation);
+    default: return tiles_for<Access::lanes>(transposed, stride, dilation);
+  }
+}
+
+}  // namespace resnext_kernels::cpu::RK_ISA

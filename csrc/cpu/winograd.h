@@ -1,0 +1,394 @@
+// The 3x3 convolution of stride 1 with two thirds of the multiplications, for one instruction set.
+//
+// Winograd's F(2, 3) along the rows: two neighbouring outputs y0 y1 of a row take the three taps g of that row over
+// four inputs d, in four products where six would be written down:
+//
+//     V0 = d0 - d2    U0 = g0                     y0 = m0 + m1 + m2        m = V * U, summed over ky and
+//     V1 = d1 + d2    U1 = (g0 + g1 + g2) / 2     y1 = m1 - m2 - m3        input channels before the last step
+//     V2 = d2 - d1    U2 = (g0 - g1 + g2) / 2
+//     V3 = d1 - d3    U3 = g2
+//
+// and the gradient of the taps from y's gradients e, summed over all pairs:
+//
+//     M0 = V0 e0      M1 = V1 (e0 + e1)           dg0 = M0 + (M1 + M2) / 2
+//     M2 = V2 (e0 - e1)   M3 = -V3 e1             dg1 = (M1 - M2) / 2      dg2 = (M1 + M2) / 2 + M3
+//
+// (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016; Winograd, 1980.) The coefficients are
+// 1 and 1/2, so the rounding error stays that of the sum, but Inf - Inf is NaN where the sum has Inf: V1 meets every
+// value once, so it tells whether all are finite, and the callers compute again without this algorithm when not.
+//
+// Inputs are staged as V, once per element, for a few rows at a time:
+//
+//     [row][slot][pair][V0 V1 V2 V3][lane]        slot: one vector of channels, whole groups or part of one
+//
+// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane].
+#pragma once
+
+#include "plan.h"
+#include "pointwise.h"
+#include "tiles.h"
+
+namespace resnext_kernels::cpu::RK_ISA {
+
+// Every FMA reads a value of its own, which only AVX-512 does for nothing: with 8 lanes and 16 registers the loads take
+// longer than what is saved.
+constexpr bool kWinograd = kLanes == 16;
+constexpr int kPairs = 7;                    // of a tile: four accumulators each
+constexpr int kPairInputs = 4;               // input channels of a dweight tile: four accumulators each
+constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
+constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
+constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
+
+inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W > 1; }
+
+// The vectors of a tensor with `d` channels per group, `other` on the convolution's other side.
+struct Slots {
+  Blocks vectors;
+  int64_t per_group;  // 0: a slot holds whole groups
+  int64_t count;
+  Slots(int64_t d, int64_t other, int64_t groups)
+      : vectors(other, d),
+        per_group(vectors.groups_per_block > 1 ? 0 : vectors.blocks_per_group),
+        count(vectors.count(groups)) {}
+  // of a block of `blocks`, which are of the other side
+  int64_t first(const Blocks& blocks, int64_t block) const {
+    return per_group == 0 ? block : block / blocks.blocks_per_group * per_group;
+  }
+};
+
+// The pairs of an image's rows, in a ring of `rows` rows.
+template <int kVectors>
+struct Pairs {
+  float* data;
+  int64_t rows, slots, pairs;
+  static constexpr int64_t kFloats = kVectors * kLanes;
+  int64_t slot_floats() const { return pairs * kFloats; }
+  int64_t floats() const { return rows * slots * slot_floats(); }
+  Pairs of(float* memory, int64_t slot_count, const Window& window) const {
+    return {memory, rows, slot_count, ceil_div(window.columns, 2)};
+  }
+  float* at(int64_t row, int64_t slot, int64_t pair) const {
+    return data + ((row % rows * slots + slot) * pairs + pair) * kFloats;
+  }
+};
+
+// The ring for units of `plan`: steps of as many rows as use the weights well and fit into `step_floats`.
+inline Pairs<4> pairs_for(const Plan& plan, int64_t slots, int64_t step_floats) {
+  const int64_t pairs = ceil_div(plan.columns, 2);
+  const int64_t fit = step_floats / (slots * pairs * kPairFloats) - 2;
+  return {nullptr, max(1, min(min(plan.rows, ceil_div(kStepPixels, plan.columns)), fit)) + 2, slots, pairs};
+}
+
+// f(rows to compute, rows to stage, rows to stage after them) for steps of at most `step` rows of a window; `next` is
+// the window after this one.
+template <class F>
+RK_INLINE void for_steps(const Window& window, const Window& next, int64_t step, int64_t H, F&& f) {
+  const auto rows_of = [](Window w, int64_t begin, int64_t end) {
+    w.row = begin;
+    w.rows = end - begin;
+    return w;
+  };
+  const int64_t last = window.row + window.rows;
+  Window stage = rows_of(window, max(0, window.row - 1), min(H, window.row + step + 1));
+  for (int64_t row = window.row; row < last; row += step) {
+    const Window rows = rows_of(window, row, min(row + step, last));
+    const int64_t staged = stage.row + stage.rows;
+    const Window then = row + step < last ? rows_of(window, staged, min(H, staged + step))
+                                          : rows_of(next, max(0, next.row - 1), min(H, next.row + step + 1));
+    f(rows, stage, then);
+    stage = then;
+  }
+}
+
+RK_INLINE bool any_nan(Vec v) {
+  const IVec nan = v != v;
+  int32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
+  return any != 0;
+}
+
+// Stages a window of an (N, H, W, C) tensor; false if a value is not finite. With `raw`, d1 and d2 as well.
+template <class F>
+RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots& slots, int64_t groups,
+                           const Window& window, int64_t H, int64_t W, int64_t C, int64_t channel, F&& value) {
+  const int64_t n = window.n, column = window.column;
+  Vec bad{};
+  for (int64_t row = window.row; row < window.row + window.rows; ++row) {
+    for (int64_t slot = 0; slot < slots.count; ++slot) {
+      const Block block = slots.vectors.block(slot, groups);
+      const auto run = [&](auto lanes) RK_INLINE_LAMBDA {
+        float* v = to.at(row, slot, 0);
+        float* d = raw ? raw->at(row, slot, 0) : nullptr;
+        const int64_t c = channel + block.out;
+        const int64_t first = ((n * H + row) * W + column) * C + c;
+        const auto read = [&](int64_t q) RK_INLINE_LAMBDA {  // column q of the window
+          return column + q >= 0 && column + q < W ? value(first + q * C, c, lanes) : Vec{};
+        };
+        Vec d0 = read(-1), d1 = read(0);
+        for (int64_t q = 0; q < 2 * to.pairs; q += 2, v += kPairFloats) {
+          const Vec d2 = read(q + 1), d3 = read(q + 2);
+          const Vec sum = d1 + d2;
+          store(v, d0 - d2);
+          store(v + kLanes, sum);
+          store(v + 2 * kLanes, d2 - d1);
+          store(v + 3 * kLanes, d1 - d3);
+          if (d) {
+            store(d, d1);
+            store(d + kLanes, d2);
+            d += 2 * kLanes;
+          }
+          bad += sum - sum;
+          d0 = d2;
+          d1 = d3;
+        }
+      };
+      if (block.lanes == kLanes)
+        run(AllLanes{});
+      else
+        run(FirstLanes{block.lanes});
+    }
+  }
+  return !any_nan(bad);
+}
+
+// U of one block from its packed taps [ci][ky][kx][lane]; `rotated` turns the kernel by 180 degrees. False if a weight
+// is not finite.
+inline bool transform_weight(const float* taps, int64_t din, bool rotated, float* to) {
+  Vec bad{};
+  for (int64_t ci = 0; ci < din; ++ci) {
+    for (int64_t ky = 0; ky < 3; ++ky, taps += 3 * kLanes) {
+      Vec g0 = load(taps), g1 = load(taps + kLanes), g2 = load(taps + 2 * kLanes);
+      float* u = to + ((rotated ? 2 - ky : ky) * din + ci) * kPairFloats;
+      const Vec outer = (g0 + g2) * broadcast(0.5f), inner = g1 * broadcast(0.5f);
+      store(u, rotated ? g2 : g0);
+      store(u + kLanes, outer + inner);
+      store(u + 2 * kLanes, outer - inner);
+      store(u + 3 * kLanes, rotated ? g0 : g2);
+      bad += (outer + inner) - (outer + inner);
+    }
+  }
+  return !any_nan(bad);
+}
+
+// ---- the register tile: P pairs of one row, one block
+// A group fills the vector: an input value is broadcast by the FMA itself. All four products of an input channel at
+// once, so the weights are read in the order of memory.
+template <int P>
+void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec*,
+                   const TileOut& to) {
+  Vec m[P][4] = {};
+  for (int t = 0; t < tap_count; ++t) {
+    const float* weight = taps[t].weight;
+    for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
+      const float* input = fresh(taps[t].input + ci / kLanes * slot_floats + ci % kLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vec u = load(weight + i * kLanes);
+#pragma GCC unroll 8
+        for (int pair = 0; pair < P; ++pair) m[pair][i] += u * broadcast(input[pair * kPairFloats + i * kLanes]);
+      }
+    }
+  }
+  Vec y[2 * P];
+#pragma GCC unroll 8
+  for (int pair = 0; pair < P; ++pair) {
+    y[2 * pair] = m[pair][0] + m[pair][1] + m[pair][2];
+    y[2 * pair + 1] = m[pair][1] - m[pair][2] - m[pair][3];
+  }
+  emit(to, y);
+}
+
+// Several groups share the vector: V is read once and permuted in registers for every input channel. One product at a
+// time, so that V, the sums and y fit.
+template <Access X, int P>
+void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t din, const IVec* index,
+                             const TileOut& to) {
+  Vec y[2 * P];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Vec m[P] = {};
+    for (int t = 0; t < tap_count; ++t) {
+      const float* input = fresh(taps[t].input) + i * kLanes;
+      const float* weight = taps[t].weight + i * kLanes;
+#pragma GCC unroll 2
+      for (int half = 0; half < (X == Access::octets ? 2 : 1); ++half) {
+        Vec v[P];
+#pragma GCC unroll 8
+        for (int pair = 0; pair < P; ++pair) {
+          v[pair] = load(input + pair * kPairFloats);
+          if (X == Access::octets) v[pair] = spread_octets(v[pair], half);
+        }
+        for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
+          const Vec u = load(weight + (4 * half + ci) * kPairFloats);
+          const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
+#pragma GCC unroll 8
+          for (int pair = 0; pair < P; ++pair)
+            m[pair] += u * (X == Access::lanes ? permute(v[pair], lanes) : spread_quads(v[pair], (int)ci));
+        });
+      }
+    }
+#pragma GCC unroll 8
+    for (int pair = 0; pair < P; ++pair) {
+      Vec &y0 = y[2 * pair], &y1 = y[2 * pair + 1];
+      if (i == 0) y0 = m[pair];
+      if (i == 1) y0 += m[pair], y1 = m[pair];
+      if (i == 2) y0 += m[pair], y1 -= m[pair];
+      if (i == 3) y1 -= m[pair];
+    }
+  }
+  emit(to, y);
+}
+
+struct WinogradTiles {
+  Tile by_pairs[kPairs + 1];
+};
+template <Access X, int P>
+constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
+  if constexpr (P > 0) {
+    if constexpr (X == Access::broadcast)
+      tiles.by_pairs[P] = winograd_tile<P>;
+    else
+      tiles.by_pairs[P] = winograd_permuting_tile<X, P>;
+    fill_winograd_tiles<X, P - 1>(tiles);
+  }
+}
+inline const WinogradTiles& winograd_tiles(Access access) {
+  struct All {
+    WinogradTiles broadcast{}, quads{}, octets{}, lanes{};
+    constexpr All() {
+      fill_winograd_tiles<Access::broadcast, kPairs>(broadcast);
+      fill_winograd_tiles<Access::quads, kPairs>(quads);
+      fill_winograd_tiles<Access::octets, kPairs>(octets);
+      fill_winograd_tiles<Access::lanes, kPairs>(lanes);
+    }
+  };
+  static constexpr All all;
+  switch (access) {
+    case Access::broadcast: return all.broadcast;
+    case Access::quads: return all.quads;
+    case Access::octets: return all.octets;
+    default: return all.lanes;
+  }
+}
+
+// The tiles of some rows of `out` from the staged rows around them; `sink` as of UnitPass.
+struct WinogradPass {
+  const ConvProblem& p;
+  const Blocks& blocks;
+  const Slots& slots;  // of the input
+  int64_t groups;      // of the chunk
+  const float* packed;
+  const IVec* index;
+
+  template <class S>
+  RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, const S& sink) const {
+    const WinogradTiles& tiles = winograd_tiles(blocks.access());
+    alignas(64) float values[2 * kPairs * kLanes];
+    const int64_t tile_count = ceil_div(input.pairs, kPairs);
+    const int64_t quota = ceil_div(ahead.lines, blocks.count(groups) * out.rows * tile_count);
+    for (int64_t b = 0; b < blocks.count(groups); ++b) {
+      const Block block = blocks.block(b, groups);
+      const float* weight = packed + b * blocks.din * 3 * kPairFloats;
+      for (int64_t row = out.row; row < out.row + out.rows; ++row) {
+        const int64_t first = max(row - 1, 0), last = min(row + 1, p.H - 1);
+        for (int64_t tile = 0; tile < tile_count; ++tile) {
+          const int64_t begin = tile * input.pairs / tile_count, end = (tile + 1) * input.pairs / tile_count;
+          RowTap taps[3];
+          for (int64_t from = first; from <= last; ++from)
+            taps[from - first] = {input.at(from, slots.first(blocks, b), begin),
+                                  weight + (from - row + 1) * blocks.din * kPairFloats};
+          const int64_t column = out.column + 2 * begin;
+          const int64_t count = min(2 * (end - begin), out.columns - 2 * begin);
+          ahead.fetch(quota);
+          const TileOut to = sink.target(block, row, column, 1, count, values);
+          tiles.by_pairs[end - begin](taps, (int)(last - first + 1), input.slot_floats(), blocks.din, index, to);
+          sink.finish(b, block, row, column, 1, to);
+        }
+      }
+    }
+  }
+};
+
+// ---- dweight, packed as [block][ky][ci][M0 M1 M2 M3][lane]
+struct WinogradWeightArgs {
+  const Pairs<4>&a, &e;
+  const Pairs<2>& raw_e;
+  int64_t a_slot, e_slot;
+  int64_t row, rows, shift;  // of e; a's row is `shift` further
+};
+
+// Input channels ci + kFrom ... ci + kFrom + I - 1.
+template <Access X, int I, int kFrom = 0>
+void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
+  Vec acc[I][4] = {};
+  IVec lanes[I] = {};
+  if (X == Access::lanes)
+    for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
+  const int64_t slot = X == Access::broadcast ? ci / kLanes : 0;
+  const int64_t offset = X == Access::broadcast ? ci % kLanes : 0;
+  for (int64_t row = args.row; row < args.row + args.rows; ++row) {
+    const float* v = args.a.at(row + args.shift, args.a_slot + slot, 0) + offset;
+    const float* s = args.e.at(row, args.e_slot, 0);
+    const float* d = args.raw_e.at(row, args.e_slot, 0);
+    for (int64_t pair = 0; pair < args.a.pairs; ++pair) {
+      const Vec e[4] = {load(d), load(s + kLanes), load(s + 2 * kLanes), load(d + kLanes)};
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const float* input = fresh(v + k * kLanes);
+        const SpreadInput<X, kFrom> value(input);
+#pragma GCC unroll 8
+        for (int i = 0; i < I; ++i) acc[i][k] += value.at(i, lanes[i]) * e[k];
+      }
+      v += kPairFloats;
+      s += kPairFloats;
+      d += 2 * kLanes;
+    }
+  }
+  dweight += (ci + kFrom) * kPairFloats;
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k, dweight += kLanes) store(dweight, load(dweight) + acc[i][k]);
+  }
+}
+
+template <Access X, int I>
+void winograd_weight_tiles(const WinogradWeightArgs& args, int64_t ci, int64_t din, const IVec* index, float* dweight) {
+  if constexpr (X == Access::octets) {
+    winograd_weight_tile<X, 4>(args, 0, index, dweight);
+    winograd_weight_tile<X, 4, 4>(args, 0, index, dweight);
+  } else if constexpr (X == Access::quads) {
+    winograd_weight_tile<X, 4>(args, 0, index, dweight);
+  } else {
+    for (; ci + I <= din; ci += I) winograd_weight_tile<X, I>(args, ci, index, dweight);
+    if constexpr (I > 1)
+      if (ci < din) winograd_weight_tiles<X, I / 2>(args, ci, din, index, dweight);
+  }
+}
+
+// M of a chunk, from the rows of a step.
+inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blocks, const Slots& slots, int64_t groups,
+                                         const Window& rows, const Pairs<4>& a, const Pairs<4>& e,
+                                         const Pairs<2>& raw_e, const IVec* index, float* dweight) {
+  const auto tiles = blocks.access() == Access::broadcast ? winograd_weight_tiles<Access::broadcast, kPairInputs>
+                     : blocks.access() == Access::quads   ? winograd_weight_tiles<Access::quads, kPairInputs>
+                     : blocks.access() == Access::octets  ? winograd_weight_tiles<Access::octets, kPairInputs>
+                                                          : winograd_weight_tiles<Access::lanes, kPairInputs>;
+  for (int64_t b = 0; b < blocks.count(groups); ++b) {
+    for (int64_t ky = 0; ky < 3; ++ky, dweight += blocks.din * kPairFloats) {
+      const int64_t first = max(rows.row, 1 - ky), last = min(rows.row + rows.rows, p.H + 1 - ky);
+      if (first < last)
+        tiles({a, e, raw_e, slots.first(blocks, b), b, first, last - first, ky - 1}, 0, blocks.din, index, dweight);
+    }
+  }
+}
+
+// dg from sums of V0 e0, V1 (e0 + e1), V2 (e1 - e0), V3 e1.
+RK_INLINE void weight_gradient_of_pairs(Vec (&m)[4]) {
+  const Vec half = broadcast(0.5f), outer = (m[1] - m[2]) * half, inner = (m[1] + m[2]) * half;
+  m[0] += outer;
+  m[1] = inner;
+  m[2] = outer - m[3];
+}
+
+}  // namespace resnext_kernels::cpu::RK_ISA
