@@ -151,7 +151,7 @@ def _roofline(report: Report, rows: Sequence[Row]) -> Figure | None:
     modes = [m for m in MODES if any(r["mode"] == m for r in keep)]
     figures = report["roofline"]
     peaks = [v for k, v in figures.items() if k.startswith("peak")]
-    copies = {int(k.split()[1]) >> 20: v for k, v in figures.items() if k.startswith("copy")}
+    copies = {int(k.split()[1]) >> 20: v for k, v in figures.items() if not k.startswith("peak")}
     if not modes or not peaks or not copies:
         return None
     width = 3.6 * len(modes) + 0.8

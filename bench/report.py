@@ -172,14 +172,10 @@ def provenance(report: Report) -> str:
 
 
 def roofline(report: Report) -> str:
-    parts = []
-    for key, value in report["roofline"].items():
-        kind, what = key.split(" ")
-        if kind == "peak_gflops":
-            parts.append(f"{value:.0f} GFLOP/s {what}")
-        else:
-            parts.append(f"{value:.0f} GB/s over {int(what) >> 20} MiB")
-    return ", ".join(parts)
+    figures = [(*key.split(" "), value) for key, value in report["roofline"].items()]
+    peaks = [f"{value:.0f} GFLOP/s {what}" for kind, what, value in figures if "peak" in kind]
+    sizes = {int(what) >> 20: value for kind, what, value in figures if "peak" not in kind}
+    return ", ".join(peaks + [f"{sizes[size]:.0f} GB/s over {size} MiB" for size in sorted(sizes)])
 
 
 # -------------------------------------------------------------------------------------- compare

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("tqdm", reason="the harness needs the extra [bench]")
 pytest.importorskip("cpuinfo", reason="the harness needs the extra [bench]")
@@ -62,7 +64,7 @@ def full_report(rows: list[sweep.Row]) -> report.Report:
         "created": "2000-01-01T00:00:00+00:00", "commit": "0" * 12, "versions": {"torch": "2.6"},
         "machine": {"cpu": "a CPU", "cores": 2, "kernel_isa": "avx2", "gpu": None},
         "method": {"rounds": 3, "min_time_ms": 1.0, "threads": 2, "device": "cpu"},
-        "roofline": {"peak_gflops float32": 100.0, "copy_gb_s 1048576": 9.0},
+        "roofline": {"peak_gflops float32": 100.0, "bandwidth_gb_s 1048576": 9.0},
         "absent": {}, "summary": sweep.summarise(rows), "rows": rows,
     }  # fmt: skip
 
@@ -161,11 +163,12 @@ def test_slow_kernel_shows_as_slow() -> None:
 
 def test_candidates_take_turns() -> None:
     calls: list[str] = []
-    runs: dict[str, timing.Run] = {name: partial(calls.append, name) for name in "ab"}
+    runs: dict[str, timing.Run] = {name: partial(calls.append, name) for name in "abc"}
     found = timing.interleaved(runs, timing.Method(rounds=4, min_time_ms=1e-6, threads=1))
-    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 4, "b": 4}
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 4, "b": 4, "c": 4}
     order = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
-    assert order == list("ab" * 5)  # the first turn tells how many calls a turn needs
+    assert order[:3] == list("abc")  # tells how many calls a turn needs
+    assert order[3:] == list("abcbcacababc")  # every round begins with the next
 
 
 # The floor
@@ -184,7 +187,7 @@ def test_beaten_floor_is_flagged() -> None:
 
 def test_floor_is_the_larger_of_its_two_sides() -> None:
     roofline = timing.Roofline(FAST)
-    roofline._best = {"flops float32": 100e9, f"copy {2**20}": 10e9}
+    roofline._best = {"flops float32": 100e9, **{f"bytes {2**20 * 4**i}": 10e9 for i in range(5)}}
     assert roofline.floor_ms(1e9, 2**20, "float32") == pytest.approx(10.0)
     assert roofline.floor_ms(1e6, 2**20, "float32") == pytest.approx(2**20 / 10e6)
 
@@ -194,29 +197,73 @@ def test_machine_is_measured() -> None:
     assert 1e8 < roofline.flops("float32") < 1e14
     assert 1e8 < roofline.bandwidth(2**20) < 1e13
     roofline.refresh()
-    assert set(roofline.as_json()) == {"peak_gflops float32", f"copy_gb_s {2**20}"}
+    sizes = [2**20 * 4**i for i in range(5)]
+    assert list(roofline.as_json()) == [
+        "peak_gflops float32",
+        *(f"bandwidth_gb_s {size}" for size in sizes),
+    ]
 
 
 def test_flops_and_bytes() -> None:
     case = Case("op", "eval", 8, 56, c=128, groups=32)
-    assert case.flops == 2 * 8 * 56 * 56 * 128 * 4 * 9
+    assert case.flops == 2 * 8 * (3 * 56 - 2) ** 2 * 128 * 4
     assert case.bytes_moved == 4 * (2 * 8 * 56 * 56 * 128 + 128 * 4 * 9)
     both = Case("op", "forward+backward", 8, 56, c=256, groups=32, stride=2)
-    assert both.flops == 3 * 2 * 8 * 28 * 28 * 256 * 8 * 9
+    assert both.flops == 3 * 2 * 8 * (3 * 28 - 1) ** 2 * 256 * 8
     x, y, weight = 8 * 56 * 56 * 256, 8 * 28 * 28 * 256, 256 * 8 * 9
     assert both.bytes_moved == 4 * (3 * x + 4 * y + 3 * weight)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_block_flops_are_those_that_torch_counts(stride: int) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+def non_padding(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Products of a convolution that are not with padding, by a convolution that counts them."""
+    ones = torch.ones(1, 1, size, size), torch.ones(1, 1, kernel, kernel)
+    return int(torch.nn.functional.conv2d(*ones, stride=stride, padding=padding).sum())
 
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0)])
+def test_padding_is_no_work(size: int, kernel: int, stride: int, padding: int) -> None:
+    expected = non_padding(size, kernel, stride, padding)
+    assert cases.taps(size, kernel, stride, padding) ** 2 == expected
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_block_flops_are_those_that_torch_counts_less_the_padding(stride: int) -> None:
     case = Case("block", "eval", 1, 14 * stride, c=512, groups=32, stride=stride)
     module, x = peers.eager_module(case), peers.module_input(case)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         module(x)
-    assert counter.get_total_flops() == case.flops
+    padded = 9 * 14 * 14 - non_padding(14 * stride, 3, stride, 1)
+    assert counter.get_total_flops() - 2 * padded * 512 * 16 == case.flops
+
+
+def test_network_work_is_that_which_torch_counts_less_the_padding() -> None:
+    case = Case("network", "eval", 2, 64, model="resnext14_4x4d")
+    model, x = peers.eager_module(case).eval(), peers.module_input(case)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(x)
+    padded = 0
+
+    def count(conv: torch.nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal padded
+        (kernel, _), (stride, _), (padding, _) = conv.kernel_size, conv.stride, conv.padding
+        all_products = (output.shape[-1] * kernel) ** 2
+        inside = non_padding(inputs[0].shape[-1], kernel, stride, padding)
+        channels = conv.out_channels * conv.in_channels // conv.groups
+        padded += 2 * case.n * channels * (all_products - inside)
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(x)
+    flops, _ = sweep._work(case)
+    assert padded > 0
+    assert flops == counter.get_total_flops() - padded
+    stem = 2 * case.n * 64 * 3 * non_padding(64, 7, 2, 3)
+    assert sweep._work(replace(case, mode="forward+backward"))[0] == 3 * flops - stem
 
 
 # Memory
@@ -378,7 +425,17 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     [
         (["--suite", "all"], "invalid choice: 'all'"),
         (["--batch", "0"], "0 is not greater than zero"),
-        (["--batch", "x"], "'x' is not a number"),
+        (["--batch", "x"], "'x' is not a whole number"),
+        (["--min-time", "nan"], "nan is not greater than zero and finite"),
+        (["--quick", "--suite", "bars"], "not allowed with argument"),
+        (["--suite", "gpu", "--device", "cpu"], "--suite gpu is for --device cuda, not cpu"),
+        (["--level", "op", "--model", "resnet50"], "--model belongs to --level network"),
+        (["--level", "network", "--stage", "1"], "belong to --level op and block"),
+        (["--template", "16x8", "--series", "width"], "give one of them"),
+        (["--threads", "100000"], "this machine has"),
+        (["--output", "results.txt"], "has to end in .json"),
+        (["--output", "/proc/none/a.json"], "--output /proc/none/a.json: No such file"),
+        (["--peer", "jax"], "invalid choice: 'jax'"),
         (["--template", "32"], "'32' is not CARDINALITYxWIDTH"),
         (["--suite", "bars", "--batch", "1"], "fixes its rows"),
         (["--stage", "1", "--stride", "2", "--level", "op"], "leave no row"),
