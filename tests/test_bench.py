@@ -1,10 +1,14 @@
 """The harness judged by itself: wrong, slow and impossible kernels, its bounds, its reports."""
 
 import copy
+import itertools
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -122,6 +126,42 @@ def test_raising_kernel_is_a_failed_row() -> None:
     assert not row["times_ms"]
 
 
+def test_kernel_that_writes_nothing_gets_no_number() -> None:
+    """Its memory is, by luck, that in which a candidate before it left the right results."""
+
+    def idle(candidate: Candidate) -> Candidate:
+        shapes = [t.shape for t in candidate.run()]
+        return candidate._replace(run=lambda: tuple(torch.empty(shape) for shape in shapes))
+
+    row = measured(idle)
+    assert "error nan" in row["failed"][OURS]
+    assert not row["times_ms"]
+
+
+def test_kernel_that_goes_wrong_later_gets_no_number() -> None:
+    def tiring(candidate: Candidate) -> Candidate:
+        calls = itertools.count()
+        return candidate._replace(
+            run=lambda: tuple(t * (1.001 if next(calls) > 2 else 1.0) for t in candidate.run())
+        )
+
+    row = measured(tiring)
+    assert row["failed"][OURS].endswith("after it was timed")
+    assert not row["times_ms"]
+    row = measured(tiring, name="folded")
+    assert set(row["times_ms"]) == {OURS, "eager", "loop"}
+
+
+def test_row_that_cannot_be_set_up_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_of_memory(case: Case) -> Workload:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peers, "workload", short_of_memory)
+    row = measured(lambda candidate: candidate)
+    assert row["failed"][OURS] == "OutOfMemoryError: CUDA out of memory"
+    assert "FAILED" in report.table(full_report([row]))
+
+
 def test_wrong_peer_does_not_count() -> None:
     row = measured(altered(lambda t: t * 1.001), name="folded")
     assert "wrong y" in row["failed"]["folded"]
@@ -171,6 +211,41 @@ def test_candidates_take_turns() -> None:
     assert order[3:] == list("abcbcacababc")  # every round begins with the next
 
 
+def test_lost_time_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lost, flags in ((0.04, []), (0.2, ["busy machine: 20% of the time lost to others"])):
+        monkeypatch.setattr(timing, "disturbance", lambda threads, lost=lost: lambda: lost)
+        row = measured(lambda candidate: candidate)
+        assert row["flags"] == flags
+        assert row["lost_share"] == lost
+
+
+@pytest.mark.skipif(not timing._run_delays(), reason="this kernel tells no run delays")
+def test_lost_time_is_measured() -> None:
+    """Two threads that compute on one core lose half of the time to each other."""
+    allowed = os.sched_getaffinity(0)
+    a = torch.randn(300, 300)
+
+    def work() -> None:
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            a @ a
+
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        share = timing.disturbance(threads=2)
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.25)  # the figures of a thread go with it
+        lost = share()
+        for thread in threads:
+            thread.join()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert lost is not None
+    assert lost > 0.2
+
+
 # The floor
 
 
@@ -190,6 +265,19 @@ def test_floor_is_the_larger_of_its_two_sides() -> None:
     roofline._best = {"flops float32": 100e9, **{f"bytes {2**20 * 4**i}": 10e9 for i in range(5)}}
     assert roofline.floor_ms(1e9, 2**20, "float32") == pytest.approx(10.0)
     assert roofline.floor_ms(1e6, 2**20, "float32") == pytest.approx(2**20 / 10e6)
+
+
+def test_peak_is_that_of_the_registers_and_of_the_products() -> None:
+    library = pytest.importorskip("resnext_kernels._C")
+    few, many = 1 << 12, 1 << 18
+    operations = library.multiply_adds(many, 1)
+    assert operations == library.multiply_adds(few, 1) * (many // few)
+    assert operations == library.multiply_adds(many // 2, 2)
+    once = timeit.timeit(lambda: library.multiply_adds(few, 1), number=20) / 20
+    longer = min(timeit.repeat(lambda: library.multiply_adds(many, 1), number=1, repeat=3))
+    assert longer > 8 * once  # 64 times the work: none of it is optimised away
+    roofline = timing.Roofline(FAST)
+    assert roofline.flops("float32") >= 0.5 * operations / longer  # 0.5: the machine may be busy
 
 
 def test_machine_is_measured() -> None:
@@ -331,6 +419,26 @@ def test_absent_peer_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     present, absent = peers.peers_of(case)
     assert present == ["eager", "compile"]
     assert absent["openvino"] == "openvino not installed: pip install '.[bench]'"
+
+
+@pytest.mark.parametrize("level", ["op", "block"])
+def test_compiled_peer_is_frozen(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters are constants of the graph: changing them changes nothing any more."""
+    parameters: list[torch.nn.Parameter] = []
+    compile_ = torch.compile
+
+    def spy(module: torch.nn.Module, **options: Any) -> Any:
+        parameters.extend(module.parameters())
+        return compile_(module, **options)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    work = peers.workload(Case(level, "eval", 1, 7, c=1024, groups=32))
+    candidate = work.build("compile")
+    before = candidate.results(candidate.run())["y"].clone()
+    for parameter in parameters:
+        parameter.data.zero_()
+    assert parameters
+    assert torch.equal(candidate.results(candidate.run())["y"], before)
 
 
 # Reports
