@@ -26,7 +26,7 @@ EPILOG = """\
 suites:
   sweep   the whole picture of the device, or the product of the axes given (default)
   bars    the layers, families and networks that have a speed-up to reach on two CPU threads
-  quick   every level and series, in less than two minutes on two cores
+  quick   every level, pass and series, in less than two minutes on two cores
   gpu     the tests, then the sweep on the CUDA device; without one it says what it skips
 
 peers:

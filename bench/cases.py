@@ -248,9 +248,9 @@ def bars() -> list[Case]:
 
 
 def quick(device: str = "cpu") -> list[Case]:
-    """Every level and series: a glance of less than two minutes on two cores."""
+    """Every level, pass and series: a glance of less than two minutes on two cores."""
     common = usual(device)
-    stages = replace(common, levels=["op"], passes=["eval", "forward+backward"], series=["stages"])
+    stages = replace(common, levels=["op"], series=["stages"])
     family = replace(
         common, levels=["op"], passes=["eval"], series=["complexity", "width"], stages=[1]
     )

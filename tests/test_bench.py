@@ -480,6 +480,28 @@ def test_compare_tells_what_moved() -> None:
     assert lines[-1] == f"only in A: {rows[3].id}"
 
 
+def test_what_peers_move_is_no_move() -> None:
+    """Unchanged peers that moved by a fifth between two runs set the spread between them."""
+    rows = [case for case in cases.bars() if case.level == "op"][:10]
+    before = full_report([made_row(case) for case in rows])
+    drifts = [1.0, 1.2, 1.05, 0.95, 1.1, 0.9, 1.0, 1.2, 0.85, 1.15]
+    ours = [1.0, 1.1, 0.9, 1.3, 0.7, 1.0, 1.0, 1.0, 1.0, 1.0]
+    after = full_report(
+        [
+            made_row(case, ours=ms, eager=2 * drift)
+            for case, ms, drift in zip(rows, ours, drifts, strict=True)
+        ]
+    )
+    after["rows"][9]["flags"] = ["busy machine: 40% of the time lost to others"]
+    text = report.compare(before, after)
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    moved = [line.split("|")[-2].strip() for line in lines]
+    assert moved == ["", "", "", "slower", "faster", "", "", "", "", "busy"]
+    assert "19 of 20 times of peers are within 1.20x" in text
+    after["versions"] = {"torch": "2.7"}
+    assert "versions differ" in report.compare(before, after)
+
+
 def test_missed_bar_is_marked() -> None:
     case = Case("op", "eval", 8, 56, c=128, groups=32)
     missed, reached = made_row(case, ours=1.0, eager=3.4), made_row(case, ours=1.0, eager=3.6)
