@@ -199,6 +199,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure all cases and return the report that is written as JSON."""
     torch.set_num_threads(method.threads)
+    memory_kept = timing.keep_memory()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions may: the peak is TF32's
     started = time.monotonic()
@@ -229,7 +230,7 @@ def run(
         "commit": timing.commit(),
         "machine": timing.machine(),
         "versions": timing.versions(),
-        "method": asdict(method),
+        "method": asdict(method) | {"memory_kept": memory_kept},
         "roofline": roofline.as_json(),
         "absent": absent,
         "summary": summarise(rows),

@@ -6,12 +6,13 @@ candidates of a row take turns, so a slow spell of the machine meets all of them
 rotates, so none always follows the same other.
 
 Caches are as warm for one as for the other. On a CPU all read the same tensors, call after call,
-and allocate their results from the same allocator: what fits in a cache is there. The floor is that
-of the cache, too.
+and allocate their results from the same allocator, whose memory stays mapped: what fits in a cache
+is there. The floor is that of the cache, too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
@@ -55,6 +56,20 @@ class Method:
     max_time_s: float = 6.0
     threads: int = 2
     device: str = "cpu"
+
+
+def keep_memory() -> bool:
+    """Let malloc keep what is freed instead of giving it back to the system; False without glibc.
+
+    Given back, it costs a page fault for every 4 KiB that is allocated again: more than the layer,
+    and for one candidate and not the next, since it hangs on what else lies on the heap.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 def interleaved(runs: Mapping[str, Run], method: Method) -> dict[str, list[float]]:

@@ -366,6 +366,29 @@ def test_memory_is_counted() -> None:
     )
 
 
+def test_memory_is_kept() -> None:
+    script = """
+import resource, torch
+from bench import timing
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(25, 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = faults()
+if timing.keep_memory():
+    later = [faults() for _ in range(5)]  # until the heap has grown to what is asked of it
+    print(before, later[-1])
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("no glibc here")
+    before, after = map(int, done.stdout.split())
+    assert before > 3 * 20_000  # of 25,600 pages: what mallopt is for
+    assert after < 100
+
+
 # Cases and candidates
 
 
