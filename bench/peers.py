@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import itertools
 import math
 import re
 import warnings
@@ -25,6 +26,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import timing
 from bench.cases import DTYPES, LAYOUTS, Case
 
 OURS = "ours"
@@ -67,6 +69,7 @@ class Workload(NamedTuple):
     bound: Callable[[str, float], float]  # (result's name, eager's error) -> largest error allowed
     error: Callable[[Tensor, Tensor], float]
     steady: tuple[str, ...]  # results that every later call gives again
+    copies: int = 1  # of the inputs, which calls use in turn
 
 
 def peers_of(case: Case, wanted: Sequence[str] = PEERS) -> tuple[list[str], dict[str, str]]:
@@ -277,7 +280,7 @@ def _run_op(forward: Forward, t: Layer, mode: str) -> Candidate:
 
 
 def _op_workload(case: Case) -> Workload:
-    t = layer_tensors(case)
+    t, copies = layer_tensors(case), timing.rotation(case.bytes_moved, case.device)
     double = Layer(*(v.double() for v in t))
     exact = _run_op(_eager(case), double, case.mode)
     truth = {k: v.detach() for k, v in exact.results(exact.run()).items()}
@@ -297,7 +300,8 @@ def _op_workload(case: Case) -> Workload:
             "folded": lambda: _folded(case, tensors),
             "compile": lambda: _compiled(case, tensors),
         }
-        candidate = _run_op(makers[name](), tensors, case.mode)
+        forward = makers[name]()
+        candidate = in_turn([_run_op(forward, own, case.mode) for own in copied(tensors, copies)])
         return _frozen(candidate) if (name, case.mode) == ("compile", "eval") else candidate
 
     pixels = case.n * case.out_size**2
@@ -310,7 +314,20 @@ def _op_workload(case: Case) -> Workload:
         return 2 * eager_error + torch.finfo(DTYPES[case.dtype]).eps + single * summed**0.5
 
     steady = tuple(name for name in truth if not name.startswith("running_"))
-    return Workload(truth, build, bound, max_error, steady)
+    return Workload(truth, build, bound, max_error, steady, copies)
+
+
+def copied(t: Layer, count: int) -> list[Layer]:
+    """``t`` and further copies of it in memory of their own."""
+    return [t, *(Layer(*(v.clone() for v in t)) for _ in range(count - 1))]
+
+
+def in_turn(candidates: Sequence[Candidate]) -> Candidate:
+    """Each call is one of the next candidate."""
+    if len(candidates) == 1:
+        return candidates[0]
+    order = itertools.cycle(candidates)
+    return Candidate(lambda: next(order).run(), candidates[0].results)
 
 
 def max_error(value: Tensor, truth: Tensor) -> float:
@@ -410,6 +427,10 @@ def module_input(case: Case) -> Tensor:
     return x.to(case.device, memory_format=LAYOUTS[case.layout])
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
 def _fused_module(case: Case, eager: nn.Module) -> nn.Module:
     if case.level == "network":
         from resnext_kernels.fuse import fuse
@@ -454,7 +475,7 @@ def _run_module(case: Case, module: nn.Module, x: Tensor, dtype: torch.dtype) ->
             case.out_size,
             case.out_size,
             generator=torch.Generator().manual_seed(2),
-        ).to(case.device, x.dtype, memory_format=LAYOUTS[case.layout])
+        ).to(case.device, x.dtype, memory_format=_format(x))
 
         def block() -> tuple[Tensor, ...]:
             with _mode(case, dtype):
@@ -489,24 +510,29 @@ def _module_workload(case: Case) -> Workload:
     truth = {k: v.detach().clone() for k, v in exact.results(exact.run()).items()}
     del exact
 
+    copies = timing.rotation(case.bytes_moved, case.device) if case.level == "block" else 1
+
+    def run(module: nn.Module, x: Tensor) -> Candidate:
+        own = [x, *(x.clone() for _ in range(copies - 1))]
+        return in_turn([_run_module(case, module, images, dtype) for images in own])
+
     def build(name: str) -> Candidate:
-        module, images = copy.deepcopy(eager), x
+        module = copy.deepcopy(eager)
         if name == OURS:
             module = _fused_module(case, module).train(eager.training)
             module.to(memory_format=LAYOUTS[case.layout])
-            return _with_backend(case, _run_module(case, module, images, dtype))
+            return _with_backend(case, run(module, x))
         if name == "compile":
             torch._dynamo.reset()
             compiled: Any = torch.compile(module, dynamic=False)
-            candidate = _run_module(case, compiled, images, dtype)
-            return _frozen(candidate) if case.mode == "eval" else candidate
-        elif name == "eager nchw":
-            module, images = module.to(memory_format=torch.contiguous_format), x.contiguous()
-        elif name == "onnxruntime":
-            return _onnxruntime(module, images)
-        elif name == "openvino":
-            return _openvino(module, images, OPENVINO_DTYPES[case.dtype])
-        return _run_module(case, module, images, dtype)
+            return _frozen(run(compiled, x)) if case.mode == "eval" else run(compiled, x)
+        if name == "eager nchw":
+            return run(module.to(memory_format=torch.contiguous_format), x.contiguous())
+        if name == "onnxruntime":
+            return _onnxruntime(module, x)
+        if name == "openvino":
+            return _openvino(module, x, OPENVINO_DTYPES[case.dtype])
+        return run(module, x)
 
     def bound(result: str, eager_error: float) -> float:
         """Twice eager's error, some roundings to the dtype.
@@ -518,7 +544,7 @@ def _module_workload(case: Case) -> Workload:
         return 2 * eager_error + 8 * torch.finfo(dtype).eps + flips
 
     trained = case.level == "network" and case.mode != "eval"  # every step moves the parameters
-    return Workload(truth, build, bound, norm_error, () if trained else tuple(truth))
+    return Workload(truth, build, bound, norm_error, () if trained else tuple(truth), copies)
 
 
 def _with_backend(case: Case, candidate: Candidate) -> Candidate:

@@ -1,13 +1,13 @@
 """How it is measured: interleaved rounds, medians with their spread, memory, and the floor.
 
 On a CPU a round is `torch.utils.benchmark.Timer.timeit` (it warms up and sets the threads); on a
-GPU it is `triton.testing.do_bench` (CUDA events, the L2 cache cleared before every call). The
-candidates of a row take turns, so a slow spell of the machine meets all of them, and the order
-rotates, so none always follows the same other.
+GPU it is as many calls between two CUDA events. The candidates of a row take turns, so a slow spell
+of the machine meets all of them, and the order rotates, so none always follows the same other.
 
 Caches are as warm for one as for the other. On a CPU all read the same tensors, call after call,
 and allocate their results from the same allocator, whose memory stays mapped: what fits in a cache
-is there. The floor is that of the cache, too.
+is there. The floor is that of the cache, too. On a GPU copies of a layer's tensors take turns, so
+many that they do not fit in its cache, and CUDA graphs of all of them leave launching out.
 """
 
 from __future__ import annotations
@@ -74,26 +74,35 @@ def keep_memory() -> bool:
 
 def interleaved(runs: Mapping[str, Run], method: Method) -> dict[str, list[float]]:
     """Time the candidates in turns; seconds a call, one figure for each round."""
-    if method.device == "cuda":
-        return _interleaved_cuda(runs, method)
-    timers = {
-        name: Timer("run()", globals={"run": run}, num_threads=method.threads)
-        for name, run in runs.items()
-    }
+    clock = _cuda_seconds if method.device == "cuda" else partial(_cpu_seconds, method.threads)
     calls = {}
-    for name, timer in timers.items():
-        once = timer.timeit(1).median  # also the first warm-up
-        calls[name] = min(1000, max(1, math.ceil(method.min_time_ms * 1e-3 / once)))
+    for name, run in runs.items():
+        run()
+        calls[name] = min(1000, max(1, math.ceil(method.min_time_ms * 1e-3 / clock(run, 1))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn, name in turns(runs, method):
-        if turn >= FEWEST_ROUNDS and sum(seconds[name]) * calls[name] > method.max_time_s:
-            continue
-        if calls[name] > 1:
-            seconds[name] += timers[name].timeit(calls[name]).times
-        else:  # so long a call needs no warm-up of its own
-            time.sleep(SETTLE_S)
-            seconds[name].append(timeit.timeit(runs[name], number=1))
+        if turn < FEWEST_ROUNDS or sum(seconds[name]) * calls[name] <= method.max_time_s:
+            seconds[name].append(clock(runs[name], calls[name]))
     return seconds
+
+
+def _cpu_seconds(threads: int, run: Run, calls: int) -> float:
+    if calls > 1:
+        return Timer("run()", globals={"run": run}, num_threads=threads).timeit(calls).median
+    time.sleep(SETTLE_S)  # so long a call needs no warm-up of its own
+    return timeit.timeit(run, number=1)
+
+
+def _cuda_seconds(run: Run, calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
 
 
 def turns(runs: Mapping[str, Run], method: Method) -> Iterator[tuple[int, str]]:
@@ -102,16 +111,6 @@ def turns(runs: Mapping[str, Run], method: Method) -> Iterator[tuple[int, str]]:
     for turn in range(method.rounds):
         start = turn % len(names)
         yield from ((turn, name) for name in names[start:] + names[:start])
-
-
-def _interleaved_cuda(runs: Mapping[str, Run], method: Method) -> dict[str, list[float]]:
-    from triton.testing import do_bench
-
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _, name in turns(runs, method):
-        ms = do_bench(runs[name], warmup=5, rep=int(method.min_time_ms), return_mode="median")
-        seconds[name].append(ms * 1e-3)
-    return seconds
 
 
 def disturbance(threads: int) -> Callable[[], float | None]:
@@ -153,19 +152,30 @@ def _stolen() -> float:
     return 0.0
 
 
-def graphed(run: Run) -> Run:
-    """``run`` captured in a CUDA graph; it returns the results of the replay."""
+def rotation(bytes_moved: int, device: str) -> int:
+    """How many copies of a row's tensors take turns: on a GPU so many that they leave its cache."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    return 1 + min(63, 2 * cache // max(bytes_moved, 1))
+
+
+def graphed(run: Run, calls: int) -> Run:
+    """So many calls of ``run`` captured in one CUDA graph; it returns the results of each.
+
+    They are kept, so that every call of the graph writes to memory of its own.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(max(3, calls)):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = run()
+        results = [run() for _ in range(calls)]
 
-    def replay() -> Any:
+    def replay() -> list[Any]:
         graph.replay()
         return results
 

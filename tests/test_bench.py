@@ -10,6 +10,7 @@ import threading
 import time
 import timeit
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,93 @@ def test_lost_time_is_measured() -> None:
         os.sched_setaffinity(0, allowed)
     assert lost is not None
     assert lost > 0.2
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: a stream is run at once, a graph records the calls it captures."""
+
+    clock = 0.0
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None: ...
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = FakeCuda.clock
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Any) -> float:
+            return end.at - self.at
+
+    class CUDAGraph:
+        replays = 0
+
+        def replay(self) -> None:
+            FakeCuda.CUDAGraph.replays += 1
+            FakeCuda.clock += 1.0
+
+    @staticmethod
+    def context(_: Any) -> Any:
+        return nullcontext()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeCuda]:
+    for name in ("Stream", "Event", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(FakeCuda, name))
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeCuda.Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", FakeCuda.context)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCuda.context)
+    return FakeCuda
+
+
+def test_cuda_events_and_graphs(fake_cuda: type[FakeCuda]) -> None:
+    calls = itertools.count()
+    replay = timing.graphed(lambda: next(calls), 4)
+    assert replay() == [4, 5, 6, 7]  # after as many calls to warm up
+    method = timing.Method(rounds=3, min_time_ms=5, threads=1, device="cuda")
+    assert timing.interleaved({"a": replay}, method) == {"a": [pytest.approx(1e-3)] * 3}
+    assert next(calls) == 8  # replayed, not called again
+
+
+def test_so_many_copies_that_they_leave_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert timing.rotation(10 << 20, "cpu") == 1
+    assert timing.rotation(400 << 20, "cuda") == 1
+    count = timing.rotation(10 << 20, "cuda")
+    assert (count - 1) * (10 << 20) >= 2 * (50 << 20)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(SMALL, "loop"), (Case("block", "eval", 2, 7, c=1024, groups=32), "eager")],
+    ids=["op", "block"],
+)
+def test_copies_take_turns(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "rotation", lambda bytes_moved, device: 3)
+    work = peers.workload(case)
+    candidate, allowed = work.build(name), peers.eager_errors(work)
+    convolution, read = torch.nn.functional.conv2d, list[int]()
+
+    def spy(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        read.append(x.data_ptr())
+        return convolution(x, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
+    inputs = []
+    for _ in range(4):
+        read.clear()
+        results = candidate.results(candidate.run())
+        inputs.append(read[0])
+        assert peers.check(work, results, allowed).passed
+    assert len(set(inputs)) == 3
+    assert inputs[3] == inputs[0]
 
 
 # The floor
