@@ -151,8 +151,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=peers.PEERS,
         metavar="PEER",
-        help="only these peers, see below; none: ours alone (bars: those that the bar is set "
-        "against; quick and over the cardinalities: all but compile; else all)",
+        help="only these peers, see below; without a name ours alone (all, but compile only in "
+        "sweep for the stages, blocks and networks and in bars for networks)",
     )
     how.add_argument(
         "--rounds", type=number(int), help="turns that each candidate takes (11; quick: 5)"

@@ -100,14 +100,17 @@ def peers_of(case: Case, wanted: Sequence[str] = PEERS) -> tuple[list[str], dict
 
 
 def usual_peers(case: Case, suite: str) -> tuple[str, ...]:
-    """The peers of a suite: those of the bar alone, or all but the compilations that add little.
+    """All peers that a suite measures; those of a bar are not the only ones.
 
-    A compilation takes longer than the rest of a row; over the cardinalities, where it runs the
+    A compilation takes longer than the rest of a row. Over the cardinalities, where it runs the
     same oneDNN kernels as eager and folded, it is left to ``--peer``.
     """
-    if suite == "bars":
-        return case.bar_peers
-    compiled = suite != "quick" and (case.level != "op" or case.series == "stages")
+    if suite == "quick":
+        compiled = False
+    elif suite == "bars":
+        compiled = case.level == "network"
+    else:
+        compiled = case.level != "op" or case.series == "stages"
     return PEERS if compiled else tuple(name for name in PEERS if name != "compile")
 
 

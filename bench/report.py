@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import quantiles
@@ -299,7 +300,8 @@ def readme_block(reports: Sequence[tuple[str, Report]]) -> str:
             f = s["equal_complexity_eval"]
             parts.append(
                 f"Over the family of equal complexity (1x64, 2x40, 4x24, 8x14, 32x4) at every "
-                f"stage, eval, batch 8: geometric mean {times(f['geometric_mean'])} where C > 1, "
+                f"stage, eval, batch 8, over the faster of eager and folded: geometric mean "
+                f"{times(f['geometric_mean'])} where C > 1, "
                 f"minimum {times(f['minimum'])} ({f['minimum_where']})."
             )
         for model, mb in s.get("saved_mb_per_image", {}).items():
@@ -312,6 +314,10 @@ def readme_block(reports: Sequence[tuple[str, Report]]) -> str:
             f"All {s['rows']} rows of that run: faster than every peer in {s['faster']}, slower "
             f"than one of them in {slower}, failed {s['failed']}."
         )
+        flags = Counter(flag.split(":")[0] for r in report["rows"] for flag in r["flags"])
+        if flags:
+            counts = (f"{flag} ({count} rows)" for flag, count in flags.items())
+            parts.append("Flagged: " + ", ".join(counts) + ".")
         if report["absent"]:
             parts.append("Absent: " + "; ".join(report["absent"]) + ".")
         parts.append(f"Floor measured in the same run: {roofline(report)}.")
