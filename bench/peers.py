@@ -149,6 +149,7 @@ def layer_tensors(case: Case, seed: int = 0) -> Layer:
     x = torch.randn(shape, generator=g).to(dtype).to(memory_format=LAYOUTS[case.layout])
     fan_in = 9 * c // case.groups
     weight = (torch.randn(c, c // case.groups, 3, 3, generator=g) / fan_in**0.5).to(dtype)
+    weight = weight.to(memory_format=LAYOUTS[case.layout])  # as in a model of that memory format
     gamma, beta = 0.5 + torch.rand(c, generator=g), 0.5 * torch.randn(c, generator=g)
     gamma[::7] *= -1
     mean, var = 0.1 * torch.randn(c, generator=g), 0.5 + torch.rand(c, generator=g)
@@ -293,7 +294,8 @@ def _op_workload(case: Case) -> Workload:
         if name == "ours float32":
             tensors = Layer(*(v.float() for v in t))
         elif name == "eager nchw":
-            tensors = t._replace(x=t.x.contiguous(), dy=t.dy.contiguous())
+            x, weight, dy = (v.contiguous() for v in (t.x, t.weight, t.dy))
+            tensors = t._replace(x=x, weight=weight, dy=dy)
         makers: dict[str, Callable[[], Forward]] = {
             OURS: lambda: _ours(case),
             "ours float32": lambda: _ours(case),
