@@ -626,7 +626,8 @@ def poisoned(enabled: bool) -> Iterator[None]:
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(enabled or before, warn_only=warn_only or not before)
+    if enabled:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
