@@ -1,5 +1,7 @@
 """`pytest --benchmark` runs the benchmarks of bench/; plain `pytest` the tests without them."""
 
+from typing import Any
+
 import pytest
 
 
@@ -24,3 +26,17 @@ def pytest_configure(config: pytest.Config) -> None:
             config.args = [str(config.rootpath / "bench")]
     elif not getattr(config.option, "benchmark_only", False):
         config.option.benchmark_skip = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """What the kernels ran on, in pytest-benchmark's JSON."""
+    import torch
+
+    from bench import timing
+
+    machine_info["resnext_kernels"] = {
+        **timing.machine(),
+        "versions": timing.versions(),
+        "threads": torch.get_num_threads(),
+    }

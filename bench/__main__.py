@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import cases, peers, report, sweep, timing
-from bench.cases import Axes, Case
+try:
+    from bench import cases, peers, report, sweep, timing
+except ModuleNotFoundError as error:
+    sys.exit(f"python -m bench needs {error.name}: pip install '.[bench]'")
+from bench.cases import Case
 
 ROOT = Path(__file__).parent.parent
 EPILOG = """\
 suites:
-  sweep   the whole picture of this CPU, or the product of the axes given (default)
-  bars    the layers, families and networks that have a speed-up to reach
-  quick   every level, pass and series once, in less than two minutes on two cores
+  sweep   the whole picture of the device, or the product of the axes given (default)
+  bars    the layers, families and networks that have a speed-up to reach on two CPU threads
+  quick   every level, pass and series, in less than two minutes on two cores
   gpu     the tests, then the sweep on the CUDA device; without one it says what it skips
+
+peers:
+{peers}
+
+A row is FAILED where our kernel is wrong, and the exit status is then 1. In the table ± is half the
+distance between the quartiles; "of floor" is the least time that the work can take, the larger of
+flops / peak and bytes / bandwidth as measured in the same run, over the time taken.
 
 examples:
   python -m bench --quick
@@ -47,9 +60,10 @@ def number(kind: type[int] | type[float]) -> Callable[[str], float]:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not greater than zero")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not greater than zero and finite")
         return value
 
     return parse
@@ -58,23 +72,35 @@ def number(kind: type[int] | type[float]) -> Callable[[str], float]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure the fused kernels against what torch users have now. Every candidate "
+        description="Measure the fused kernels against what torch users have now. Every candidate\n"
         "is checked against float64 before it is timed; a wrong one gets no number.",
-        epilog=EPILOG,
+        epilog=EPILOG.replace("{peers}", peers.DESCRIPTION),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     suites = ("sweep", "bars", "quick", "gpu")
-    p.add_argument("--suite", choices=suites, default="sweep", help="what to measure (see below)")
-    p.add_argument(
+    suite = p.add_mutually_exclusive_group()
+    suite.add_argument(
+        "--suite", choices=suites, default="sweep", help="what to measure, see below (sweep)"
+    )
+    suite.add_argument(
         "--quick",
         action="store_const",
         const="quick",
         dest="suite",
         help="the same as --suite quick",
     )
+    p.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to measure (the CUDA device where there is one, else the CPU)",
+    )
 
-    axes = p.add_argument_group("axes", "Each makes the sweep the product of the values given.")
+    axes = p.add_argument_group(
+        "axes",
+        "Each takes one or several values. Any of them makes the sweep the product of those given\n"
+        "and of the defaults, in parentheses, of the others.",
+    )
 
     def axis(flag: str, dest: str, kind: Callable[[str], Any], choices: Any, text: str) -> None:
         metavar = None if choices else flag[2:].upper()
@@ -82,19 +108,41 @@ def parser() -> argparse.ArgumentParser:
             flag, dest=dest, nargs="+", type=kind, choices=choices, metavar=metavar, help=text
         )
 
-    axis("--level", "levels", str, cases.LEVELS, "one layer, one bottleneck, one model")
-    axis("--pass", "passes", str, cases.PASSES, "inference, training forward, training step")
-    axis("--batch", "batches", number(int), None, "batch sizes (8)")
-    axis("--stage", "stages", int, tuple(cases.STAGES), "1 to 4: maps of 56, 28, 14, 7")
-    axis("--stride", "strides", int, (1, 2), "2: the layer that opens the stage")
-    series = "stages: 32x4; complexity: C x d at equal complexity; width: cardinality at 128"
-    axis("--series", "series", str, tuple(cases.SERIES), series)
-    axis("--template", "templates", template, None, "C x d of stage 1, in place of a series: 16x8")
-    axis("--dtype", "dtypes", str, tuple(cases.DTYPES), "(float32)")
-    axis("--layout", "layouts", str, tuple(cases.LAYOUTS), "memory format (channels_last)")
-    axis("--backend", "backends", str, None, "backends of ours, instead of the one it selects")
-    axis("--model", "models", str, None, "networks (resnext50_32x4d)")
-    axes.add_argument("--device", choices=("cpu", "cuda"), help="(cpu; gpu suite: cuda)")
+    axis(
+        "--level",
+        "levels",
+        str,
+        cases.LEVELS,
+        "one 3x3 layer with its BatchNorm and ReLU, one bottleneck, one model (all; op and block "
+        "with --stage, --stride, --series or --template; network with --model alone)",
+    )
+    axis(
+        "--pass",
+        "passes",
+        str,
+        cases.PASSES,
+        "inference, training forward, training forward and backward; for a network a training "
+        "step, and no pass forward (all)",
+    )
+    axis("--batch", "batches", number(int), None, "batch sizes (8; CUDA: 64)")
+    stages = "of ResNet, 1 to 4: maps of 56, 28, 14 and 7 pixels a side (all)"
+    axis("--stage", "stages", int, tuple(cases.STAGES), stages)
+    axis("--stride", "strides", int, (1, 2), "2: the layer that opens stage 2, 3 or 4 (1)")
+    axis(
+        "--series",
+        "series",
+        str,
+        tuple(cases.SERIES),
+        "cardinality x width per group at stage 1. stages: 32x4; complexity: 1x64, 2x40, 4x24, "
+        "8x14, 32x4, and 2x64, 64x4, 32x8 of twice theirs; width: 128 channels in 1 to 128 "
+        "groups (all)",
+    )
+    axis("--template", "templates", template, None, "C x d at stage 1, in place of a series: 16x8")
+    axis("--dtype", "dtypes", str, tuple(cases.DTYPES), "of x and weight (float32; CUDA: bfloat16)")
+    layouts = "memory format of x; contiguous is NCHW (channels_last)"
+    axis("--layout", "layouts", str, tuple(cases.LAYOUTS), layouts)
+    axis("--backend", "backends", str, None, "backends of ours (the one that ours selects)")
+    axis("--model", "models", str, None, "networks of resnext_kernels.models (resnext50_32x4d)")
 
     how = p.add_argument_group("method")
     how.add_argument(
@@ -103,21 +151,23 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=peers.PEERS,
         metavar="PEER",
-        help=f"only these, of: {', '.join(peers.PEERS)} (bars: those that the bar is "
-        "set against; quick and over the cardinalities: all but compile)",
+        help="only these peers, see below; without a name ours alone (all, but compile only in "
+        "sweep for the stages, blocks and networks and in bars for networks)",
     )
-    how.add_argument("--rounds", type=number(int), help="turns of each candidate (11; quick: 5)")
+    how.add_argument(
+        "--rounds", type=number(int), help="turns that each candidate takes (11; quick: 5)"
+    )
     how.add_argument(
         "--min-time",
         type=number(float),
         metavar="MS",
-        help="shortest turn in milliseconds (20; quick: 8)",
+        help="shortest turn in milliseconds, of as many calls as it takes (20; quick: 8)",
     )
     how.add_argument(
         "--threads",
         type=number(int),
         default=torch.get_num_threads(),
-        help="CPU threads (%(default)s)",
+        help="CPU threads of every candidate (%(default)s)",
     )
 
     out = p.add_argument_group("output")
@@ -125,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE.json",
-        help="report; plots go beside it (bench/out/SUITE.json)",
+        help="where the report goes, and the plots beside it (bench/out/SUITE.json)",
     )
     out.add_argument("--no-plots", action="store_true", help="draw nothing")
     out.add_argument("--list", action="store_true", help="print the rows and measure nothing")
@@ -136,10 +186,10 @@ def parser() -> argparse.ArgumentParser:
         nargs=2,
         type=Path,
         metavar=("A.json", "B.json"),
-        help="two reports side by side: which rows moved beyond their spread",
+        help="set two reports side by side and say which rows moved beyond their spread",
     )
     other.add_argument("--show", type=Path, metavar="FILE.json", help="print a report's table")
-    other.add_argument("--plot", type=Path, metavar="FILE.json", help="draw the plots again")
+    other.add_argument("--plot", type=Path, metavar="FILE.json", help="draw a report's plots again")
     other.add_argument(
         "--readme",
         action="store_true",
@@ -163,17 +213,44 @@ AXES = (
 )
 
 
-def chosen(args: argparse.Namespace, p: argparse.ArgumentParser) -> list[Case]:
+LAYER_AXES = {"stages", "strides", "series", "templates"}
+
+
+def device(args: argparse.Namespace, p: argparse.ArgumentParser) -> str:
+    """The device to measure: the one asked for, or the one at hand."""
+    fixed = {"bars": "cpu", "gpu": "cuda"}.get(args.suite)
+    if fixed and args.device not in (None, fixed):
+        p.error(f"--suite {args.suite} is for --device {fixed}, not {args.device}")
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.list and not fixed:
+        p.error("--device cuda: torch sees no CUDA device")
+    return fixed or args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen(args: argparse.Namespace, p: argparse.ArgumentParser, device: str) -> list[Case]:
     """The rows that the arguments ask for."""
     given = {name: getattr(args, name) for name in AXES if getattr(args, name) is not None}
     if args.suite != "sweep":
         if given:
             p.error(f"--suite {args.suite} fixes its rows; axes belong to --suite sweep")
-        return {"bars": cases.bars, "quick": cases.quick, "gpu": cases.gpu}[args.suite]()
-    if not given and args.device != "cuda":
-        return cases.sweep()
+        suites = {"bars": cases.bars, "quick": lambda: cases.quick(device), "gpu": cases.gpu}
+        return suites[args.suite]()
+    if not given:
+        return cases.gpu() if device == "cuda" else cases.sweep()
+    of_layers = LAYER_AXES & given.keys()
+    if "levels" not in given:
+        if of_layers and "models" not in given:
+            given["levels"] = ["op", "block"]
+        elif "models" in given and not of_layers:
+            given["levels"] = ["network"]
+    levels = given.get("levels", cases.LEVELS)
+    if "models" in given and "network" not in levels:
+        p.error("--model belongs to --level network")
+    if of_layers and set(levels) == {"network"}:
+        p.error("--stage, --stride, --series and --template belong to --level op and block")
     if "templates" in given:
-        given.setdefault("series", ["stages"])
+        if "series" in given:
+            p.error("--template takes the place of --series: give one of them")
+        given["series"] = ["stages"]
     if "backends" in given:
         from resnext_kernels import backends
 
@@ -183,16 +260,12 @@ def chosen(args: argparse.Namespace, p: argparse.ArgumentParser) -> list[Case]:
                 f"--backend {' '.join(sorted(unknown))}: available here are "
                 f"{', '.join(backends.available())}"
             )
-    if "models" in given:
-        for name in given["models"]:
-            try:
-                peers.factory(name)
-            except ValueError as error:
-                p.error(f"--model {error}")
-    if args.device == "cuda":
-        given.setdefault("dtypes", ["bfloat16"])
-        given.setdefault("batches", [64])
-    rows = cases.sweep(Axes(**given, device=args.device or "cpu"))
+    for name in given.get("models", []):
+        try:
+            peers.factory(name)
+        except ValueError as error:
+            p.error(f"--model {error}")
+    rows = cases.product(replace(cases.usual(device), **given))
     if not rows:
         p.error(
             "these axes leave no row: stride 2 opens stages 2 to 4, a network has no pass 'forward'"
@@ -200,9 +273,8 @@ def chosen(args: argparse.Namespace, p: argparse.ArgumentParser) -> list[Case]:
     return rows
 
 
-def method(args: argparse.Namespace) -> timing.Method:
+def method(args: argparse.Namespace, device: str) -> timing.Method:
     rounds, min_time = (5, 8.0) if args.suite == "quick" else (11, 20.0)
-    device = "cuda" if args.suite == "gpu" else args.device or "cpu"
     return timing.Method(
         rounds=args.rounds or rounds,
         min_time_ms=args.min_time or min_time,
@@ -211,17 +283,34 @@ def method(args: argparse.Namespace) -> timing.Method:
     )
 
 
-def measure(args: argparse.Namespace, rows: list[Case]) -> int:
+def output(args: argparse.Namespace, p: argparse.ArgumentParser) -> Path:
+    """Where the report goes. What would lose it after hours of measuring is said before."""
+    path: Path = args.output or Path(__file__).parent / "out" / f"{args.suite}.json"
+    if path.suffix != ".json":
+        p.error(f"--output {path}: the name has to end in .json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        p.error(f"--output {path}: {error.strerror}")
+    if not path.stat().st_size:
+        path.unlink()
+    if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
+        p.error("the plots need matplotlib: pip install '.[bench]', or --no-plots")
+    return path
+
+
+def measure(args: argparse.Namespace, rows: list[Case], how: timing.Method, path: Path) -> int:
     """Run, print, write. The exit status is 1 when one of our kernels was wrong."""
     result = sweep.run(
         rows,
-        method(args),
+        how,
         args.peers,
         args.suite,
         progress=sys.stderr.isatty() or "CI" not in os.environ,
     )
     print(report.table(result), report.notes(result), sep="\n\n")
-    path = args.output or Path(__file__).parent / "out" / f"{args.suite}.json"
     report.save(result, path)
     print(f"wrote {path}")
     if not args.no_plots:
@@ -269,18 +358,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     except ValueError as error:
         p.error(str(error))
-    rows = chosen(args, p)
+    where = device(args, p)
+    rows = chosen(args, p, where)
     if args.list:
         print("\n".join(case.id for case in rows))
         return 0
-    if args.suite == "gpu":
-        tested = gpu_tests(rows)
-        if tested is None:
-            return 0
-        return max(tested, measure(args, rows))
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: torch sees no CUDA device")
-    return measure(args, rows)
+    if args.threads > (os.cpu_count() or args.threads):
+        p.error(f"--threads {args.threads}: this machine has {os.cpu_count()} cores")
+    path = output(args, p)
+    tested = gpu_tests(rows) if args.suite == "gpu" else 0
+    if tested is None:
+        return 0
+    return max(tested, measure(args, rows, method(args, where), path))
 
 
 if __name__ == "__main__":

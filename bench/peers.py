@@ -3,15 +3,7 @@
 Every candidate of a row computes the same equation from the same tensors, allocates its results
 inside the call, and keeps its own running statistics (or its own copy of the model). What a frozen
 graph prepares once (folding, weight reordering, compilation) is prepared before the first call.
-
-    ours           resnext_kernels, through its public functions
-    ours float32   ours on float32 inputs, beside a row of a narrower dtype
-    eager          conv2d -> batch_norm -> relu_ of torch: oneDNN on a CPU, cuDNN on a GPU
-    eager nchw     the same on NCHW tensors (GPU, where it is sometimes the faster one)
-    folded         the batch norm folded into the weight, ReLU as post-op, weight reordered ahead
-    loop           the grouped convolution as a loop over its groups
-    compile        torch.compile of eager; with freezing in inference
-    onnxruntime, openvino   the exported model, networks in inference
+`DESCRIPTION` says who they are.
 """
 
 from __future__ import annotations
@@ -19,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import itertools
 import math
 import re
 import warnings
@@ -29,9 +22,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import timing
 from bench.cases import DTYPES, LAYOUTS, Case
 
 OURS = "ours"
@@ -45,6 +40,16 @@ PEERS = (
     "openvino",
     "ours float32",
 )
+OPENVINO_DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+DESCRIPTION = """\
+  eager         conv2d -> batch_norm -> relu_ of torch: oneDNN on a CPU, cuDNN on a GPU
+  eager nchw    the same on NCHW tensors (GPU, where it is sometimes the faster one)
+  folded        BatchNorm folded into a weight reordered ahead, ReLU as post-op (inference)
+  loop          the grouped convolution as a loop over its groups
+  compile       torch.compile of eager; with freezing in inference
+  onnxruntime   the exported model on the same threads (networks in inference, CPU)
+  openvino      the same
+  ours float32  ours on float32 inputs, beside a row of a narrower dtype"""
 EPS = 1e-5
 TF32_EPS = 2.0**-10
 
@@ -63,19 +68,22 @@ class Workload(NamedTuple):
     build: Callable[[str], Candidate]
     bound: Callable[[str, float], float]  # (result's name, eager's error) -> largest error allowed
     error: Callable[[Tensor, Tensor], float]
+    steady: tuple[str, ...]  # results that every later call gives again
+    copies: int = 1  # of the inputs, which calls use in turn
 
 
 def peers_of(case: Case, wanted: Sequence[str] = PEERS) -> tuple[list[str], dict[str, str]]:
     """The peers that apply to a case, and those that would but are absent, with the reason."""
     inference = case.mode == "eval"
+    exported = case.level == "network" and inference and case.device == "cpu"
     applies = {
         "eager": True,
         "eager nchw": case.device == "cuda" and case.layout == "channels_last",
         "folded": case.level == "op" and inference,
         "loop": case.level == "op" and case.groups > 1,
         "compile": True,
-        "onnxruntime": case.level == "network" and inference and case.device == "cpu",
-        "openvino": case.level == "network" and inference and case.device == "cpu",
+        "onnxruntime": exported and case.dtype == "float32",
+        "openvino": exported and case.dtype in OPENVINO_DTYPES,
         "ours float32": case.level == "op" and case.dtype != "float32",
     }
     needs = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
@@ -92,14 +100,17 @@ def peers_of(case: Case, wanted: Sequence[str] = PEERS) -> tuple[list[str], dict
 
 
 def usual_peers(case: Case, suite: str) -> tuple[str, ...]:
-    """The peers of a suite: those of the bar alone, or all but the compilations that add little.
+    """All peers that a suite measures; those of a bar are not the only ones.
 
-    A compilation takes longer than the rest of a row; over the cardinalities, where it runs the
+    A compilation takes longer than the rest of a row. Over the cardinalities, where it runs the
     same oneDNN kernels as eager and folded, it is left to ``--peer``.
     """
-    if suite == "bars":
-        return case.bar_peers
-    compiled = suite != "quick" and (case.level != "op" or case.series == "stages")
+    if suite == "quick":
+        compiled = False
+    elif suite == "bars":
+        compiled = case.level == "network"
+    else:
+        compiled = case.level != "op" or case.series == "stages"
     return PEERS if compiled else tuple(name for name in PEERS if name != "compile")
 
 
@@ -138,6 +149,7 @@ def layer_tensors(case: Case, seed: int = 0) -> Layer:
     x = torch.randn(shape, generator=g).to(dtype).to(memory_format=LAYOUTS[case.layout])
     fan_in = 9 * c // case.groups
     weight = (torch.randn(c, c // case.groups, 3, 3, generator=g) / fan_in**0.5).to(dtype)
+    weight = weight.to(memory_format=LAYOUTS[case.layout])  # as in a model of that memory format
     gamma, beta = 0.5 + torch.rand(c, generator=g), 0.5 * torch.randn(c, generator=g)
     gamma[::7] *= -1
     mean, var = 0.1 * torch.randn(c, generator=g), 0.5 + torch.rand(c, generator=g)
@@ -239,8 +251,15 @@ def _compiled(case: Case, t: Layer) -> Forward:
     torch._dynamo.reset()
     if case.mode != "eval":
         return torch.compile(_eager(case), dynamic=False)
-    module = torch.compile(_EagerLayer(case, t).eval(), dynamic=False, options={"freezing": True})
+    module = torch.compile(_EagerLayer(case, t).eval(), dynamic=False)
     return lambda x, *_: module(x)
+
+
+def _frozen(candidate: Candidate) -> Candidate:
+    """Compile now, with parameters as constants; torch.compile's own option does not do it."""
+    with torch._inductor.config.patch(freezing=True):
+        candidate.run()
+    return candidate
 
 
 def _run_op(forward: Forward, t: Layer, mode: str) -> Candidate:
@@ -265,7 +284,7 @@ def _run_op(forward: Forward, t: Layer, mode: str) -> Candidate:
 
 
 def _op_workload(case: Case) -> Workload:
-    t = layer_tensors(case)
+    t, copies = layer_tensors(case), timing.rotation(case.bytes_moved, case.device)
     double = Layer(*(v.double() for v in t))
     exact = _run_op(_eager(case), double, case.mode)
     truth = {k: v.detach() for k, v in exact.results(exact.run()).items()}
@@ -275,7 +294,8 @@ def _op_workload(case: Case) -> Workload:
         if name == "ours float32":
             tensors = Layer(*(v.float() for v in t))
         elif name == "eager nchw":
-            tensors = t._replace(x=t.x.contiguous(), dy=t.dy.contiguous())
+            x, weight, dy = (v.contiguous() for v in (t.x, t.weight, t.dy))
+            tensors = t._replace(x=x, weight=weight, dy=dy)
         makers: dict[str, Callable[[], Forward]] = {
             OURS: lambda: _ours(case),
             "ours float32": lambda: _ours(case),
@@ -285,7 +305,9 @@ def _op_workload(case: Case) -> Workload:
             "folded": lambda: _folded(case, tensors),
             "compile": lambda: _compiled(case, tensors),
         }
-        return _run_op(makers[name](), tensors, case.mode)
+        forward = makers[name]()
+        candidate = in_turn([_run_op(forward, own, case.mode) for own in copied(tensors, copies)])
+        return _frozen(candidate) if (name, case.mode) == ("compile", "eval") else candidate
 
     pixels = case.n * case.out_size**2
     terms = 9 * case.c // case.groups
@@ -296,7 +318,21 @@ def _op_workload(case: Case) -> Workload:
         single = torch.finfo(torch.float32).eps
         return 2 * eager_error + torch.finfo(DTYPES[case.dtype]).eps + single * summed**0.5
 
-    return Workload(truth, build, bound, max_error)
+    steady = tuple(name for name in truth if not name.startswith("running_"))
+    return Workload(truth, build, bound, max_error, steady, copies)
+
+
+def copied(t: Layer, count: int) -> list[Layer]:
+    """``t`` and further copies of it in memory of their own."""
+    return [t, *(Layer(*(v.clone() for v in t)) for _ in range(count - 1))]
+
+
+def in_turn(candidates: Sequence[Candidate]) -> Candidate:
+    """Each call is one of the next candidate."""
+    if len(candidates) == 1:
+        return candidates[0]
+    order = itertools.cycle(candidates)
+    return Candidate(lambda: next(order).run(), candidates[0].results)
 
 
 def max_error(value: Tensor, truth: Tensor) -> float:
@@ -396,6 +432,10 @@ def module_input(case: Case) -> Tensor:
     return x.to(case.device, memory_format=LAYOUTS[case.layout])
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
 def _fused_module(case: Case, eager: nn.Module) -> nn.Module:
     if case.level == "network":
         from resnext_kernels.fuse import fuse
@@ -440,7 +480,7 @@ def _run_module(case: Case, module: nn.Module, x: Tensor, dtype: torch.dtype) ->
             case.out_size,
             case.out_size,
             generator=torch.Generator().manual_seed(2),
-        ).to(case.device, x.dtype, memory_format=LAYOUTS[case.layout])
+        ).to(case.device, x.dtype, memory_format=_format(x))
 
         def block() -> tuple[Tensor, ...]:
             with _mode(case, dtype):
@@ -475,31 +515,41 @@ def _module_workload(case: Case) -> Workload:
     truth = {k: v.detach().clone() for k, v in exact.results(exact.run()).items()}
     del exact
 
+    copies = timing.rotation(case.bytes_moved, case.device) if case.level == "block" else 1
+
+    def run(module: nn.Module, x: Tensor) -> Candidate:
+        own = [x, *(x.clone() for _ in range(copies - 1))]
+        return in_turn([_run_module(case, module, images, dtype) for images in own])
+
     def build(name: str) -> Candidate:
-        module, images = copy.deepcopy(eager), x
+        module = copy.deepcopy(eager)
         if name == OURS:
             module = _fused_module(case, module).train(eager.training)
             module.to(memory_format=LAYOUTS[case.layout])
-            return _with_backend(case, _run_module(case, module, images, dtype))
+            return _with_backend(case, run(module, x))
         if name == "compile":
             torch._dynamo.reset()
-            options: Any = {"freezing": True} if case.mode == "eval" else None
-            compiled = torch.compile(module, dynamic=False, options=options)
-            return _run_module(case, compiled, images, dtype)  # type: ignore[arg-type]
-        elif name == "eager nchw":
-            module, images = module.to(memory_format=torch.contiguous_format), x.contiguous()
-        elif name == "onnxruntime":
-            return _onnxruntime(module, images)
-        elif name == "openvino":
-            return _openvino(module, images)
-        return _run_module(case, module, images, dtype)
+            compiled: Any = torch.compile(module, dynamic=False)
+            return _frozen(run(compiled, x)) if case.mode == "eval" else run(compiled, x)
+        if name == "eager nchw":
+            return run(module.to(memory_format=torch.contiguous_format), x.contiguous())
+        if name == "onnxruntime":
+            return _onnxruntime(module, x)
+        if name == "openvino":
+            return _openvino(module, x, OPENVINO_DTYPES[case.dtype])
+        return run(module, x)
 
     def bound(result: str, eager_error: float) -> float:
-        """Twice eager's error; a gradient also steps where a ReLU's input rounds across zero."""
-        eps = torch.finfo(dtype).eps
-        return 2 * eager_error + (8 * eps if result in ("y", "loss") else 4 * eps**0.5)
+        """Twice eager's error, some roundings to the dtype.
 
-    return Workload(truth, build, bound, norm_error)
+        A gradient also steps where a ReLU's input rounds across zero. In narrow dtypes eager's
+        own error shows how often; in float32 that is so seldom that eager's may have none.
+        """
+        flips = 0.0 if result in ("y", "loss") else 4 * torch.finfo(torch.float32).eps ** 0.5
+        return 2 * eager_error + 8 * torch.finfo(dtype).eps + flips
+
+    trained = case.level == "network" and case.mode != "eval"  # every step moves the parameters
+    return Workload(truth, build, bound, norm_error, () if trained else tuple(truth), copies)
 
 
 def _with_backend(case: Case, candidate: Candidate) -> Candidate:
@@ -524,14 +574,16 @@ def _onnxruntime(module: nn.Module, x: Tensor) -> Candidate:
         torch.onnx.export(module, (x,), file, dynamo=False)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads wait by spinning, which is fair inside a call and costs the next candidate 50 %
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         file.getvalue(), options, providers=["CPUExecutionProvider"]
     )
-    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}  # read in place
     return Candidate(lambda: session.run(None, feed), lambda out: {"y": torch.from_numpy(out[0])})
 
 
-def _openvino(module: nn.Module, x: Tensor) -> Candidate:
+def _openvino(module: nn.Module, x: Tensor, precision: str) -> Candidate:
     import openvino
 
     with warnings.catch_warnings():
@@ -539,13 +591,13 @@ def _openvino(module: nn.Module, x: Tensor) -> Candidate:
         graph = openvino.convert_model(module, example_input=x, input=[list(x.shape)])
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = openvino.compile_model(graph, "CPU", settings)
     feed = [x.contiguous().numpy()]
     return Candidate(
-        lambda: compiled(feed, share_inputs=True, share_outputs=False),
+        lambda: compiled(feed, share_inputs=True, share_outputs=True),
         lambda out: {"y": torch.from_numpy(out[0])},
     )
 
@@ -566,6 +618,22 @@ class Check:
         return f"wrong {self.result}: error {self.error:.1e}, allowed {self.bound:.1e}"
 
 
+@contextmanager
+def poisoned(enabled: bool) -> Iterator[None]:
+    """Fresh memory holds NaN: a result that was not written is not, by luck, the last candidate's.
+
+    That is what torch.utils.deterministic.fill_uninitialized_memory does, on by default.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if enabled:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
 def eager_errors(work: Workload) -> dict[str, float]:
     """The error of torch's own operations in the row's dtype, for each result."""
     candidate = work.build("eager")
@@ -573,13 +641,20 @@ def eager_errors(work: Workload) -> dict[str, float]:
     return {name: work.error(results[name].detach(), truth) for name, truth in work.truth.items()}
 
 
-def check(work: Workload, results: dict[str, Tensor], allowed: dict[str, float]) -> Check:
+def check(
+    work: Workload,
+    results: dict[str, Tensor],
+    allowed: dict[str, float],
+    names: Sequence[str] | None = None,
+) -> Check:
     """Compare a candidate's results with the float64 truth; the worst of them is returned.
 
-    ``allowed`` holds eager's errors, which set the bound.
+    ``allowed`` holds eager's errors, which set the bound; ``names``, where given, the results that
+    are compared.
     """
-    checks = []
-    for name, truth in work.truth.items():
+    checks = [Check("nothing", 0.0, 1.0)]
+    for name in work.truth if names is None else names:
+        truth = work.truth[name]
         value = results[name].detach()
         if value.shape != truth.shape:
             shapes = f"{name} (shape {tuple(value.shape)}, not {tuple(truth.shape)})"

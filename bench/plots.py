@@ -5,7 +5,9 @@ Colours are Okabe and Ito's, told apart by every kind of colour vision; markers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from bench.cases import EQUAL_COMPLEXITY, FIXED_WIDTH, STAGES, TWICE_COMPLEXITY
+from bench.cases import PASSES as MODES
 from bench.peers import OURS
 from bench.report import Report, provenance
 from bench.sweep import Row
@@ -35,14 +40,27 @@ STYLE: Any = {
     "savefig.bbox": "tight",
     "legend.frameon": False,
 }
+PANELS = {
+    "equal complexity": EQUAL_COMPLEXITY,
+    "twice the complexity": TWICE_COMPLEXITY,
+    "128 channels at stage 1": FIXED_WIDTH,
+}
 SPEEDUP_TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-MODES = ("eval", "forward", "forward+backward")
-STAGE_SIZES = {1: "56×56", 2: "28×28", 3: "14×14", 4: "7×7"}
 
 
 def draw(report: Report, stem: Path) -> list[Path]:
     """Write ``<stem>-speedup.png``, ``-roofline.png`` and ``-memory.png``, those that have rows."""
-    rows = [r for r in report["rows"] if r["times_ms"] and r["level"] == "op"]
+    rows = [
+        r
+        for r in report["rows"]
+        if "speedup" in r
+        and r["level"] == "op"
+        and r["layout"] == "channels_last"
+        and r["backend"] is None
+        and r["stage"]
+    ]
+    dtype = _commonest(r["dtype"] for r in rows)
+    rows = [r for r in rows if r["dtype"] == dtype]
     written = []
     with plt.rc_context(STYLE):
         figures = {
@@ -61,111 +79,132 @@ def draw(report: Report, stem: Path) -> list[Path]:
     return written
 
 
+def _commonest(values: Iterable[Any]) -> Any:
+    """The value that occurs most often; None where there is none."""
+    return next((value for value, _ in Counter(values).most_common(1)), None)
+
+
 def _speedup(rows: Sequence[Row]) -> Figure | None:
     """A panel for each pass and series: one line a stage, cardinality along x."""
-    keep = [
-        r
-        for r in rows
-        if "speedup" in r
-        and r["stride"] == 1
-        and r["layout"] == "channels_last"
-        and r["backend"] is None
-        and r["stage"]
-    ]
-    if not keep:
-        return None
-    dtype = max({r["dtype"] for r in keep}, key=lambda d: sum(r["dtype"] == d for r in keep))
-    batches = {r["n"] for r in keep if r["groups"] not in (1, 32)} or {r["n"] for r in keep}
-    n = max(batches, key=lambda b: sum(r["n"] == b for r in keep))
-    keep = [r for r in keep if r["dtype"] == dtype and r["n"] == n]
-    titles = {"complexity": "equal complexity", "width": "fixed width (128 at stage 1)"}
-    panels = [
-        (mode, title, [r for r in keep if r["mode"] == mode and _in_series(r, series)])
+    keep = [r for r in rows if r["stride"] == 1]
+    n = _commonest(r["n"] for r in keep)
+    panels = {
+        (mode, title): found
         for mode in MODES
-        for series, title in titles.items()
-    ]
-    panels = [p for p in panels if len({r["groups"] for r in p[2]}) > 2]
+        for title, templates in PANELS.items()
+        if (found := [r for r in keep if r["n"] == n and _of(r, mode, templates)])
+        and len({r["groups"] for r in found}) > 2
+    }
     if not panels:
         return None
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
+    modes = [mode for mode in MODES if any(m == mode for m, _ in panels)]
+    titles = [title for title in PANELS if any(t == title for _, t in panels)]
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.4 * columns, 2.9 * lines), squeeze=False, layout="constrained"
+        len(modes),
+        len(titles),
+        figsize=(max(6.4, 3.7 * len(titles)), 2.7 * len(modes) + 0.8),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
-    for ax in axes.flat[len(panels) :]:
-        ax.set_axis_off()
-    for ax, (mode, title, points) in zip(axes.flat, panels, strict=False):
-        _speedup_panel(ax, points)
-        ax.set_title(f"{mode}: {title}", fontsize=9, loc="left")
-    axes[0, 0].legend(title="map", fontsize=8, title_fontsize=8)
-    figure.suptitle(f"Speed-up over the best peer, batch {n}, {dtype}", fontsize=11)
+    for (i, mode), (j, title) in itertools.product(enumerate(modes), enumerate(titles)):
+        ax = axes[i, j]
+        if (mode, title) in panels:
+            _speedup_panel(ax, panels[mode, title])
+            ax.set_title(f"{mode}: {title}", fontsize=9, loc="left")
+        else:
+            ax.set_axis_off()
+    _speedup_scale(axes)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("speed-up (grey: ours is slower)")
+    for ax in axes[-1]:
+        ax.set_xlabel("cardinality × width per group (at stage 1)")
+    stages = sorted({r["stage"] for found in panels.values() for r in found})
+    handles = [_stage_handle(stage) for stage in stages]
+    figure.legend(handles=handles, loc="outside right upper", title="map", title_fontsize=8)
+    figure.suptitle(f"Speed-up over the best peer, batch {n}, {rows[0]['dtype']}", fontsize=11)
     return figure
 
 
-def _in_series(row: Row, series: str) -> bool:
+def _of(row: Row, mode: str, templates: Sequence[tuple[int, int]]) -> bool:
     width = row["c"] // 2 ** (row["stage"] - 1)
-    if series == "width":
-        return width == 128
-    return (row["groups"], width // row["groups"]) in (
-        (1, 64),
-        (2, 40),
-        (4, 24),
-        (8, 14),
-        (32, 4),
-    )
+    return row["mode"] == mode and (row["groups"], width // row["groups"]) in templates
+
+
+def _stage_handle(stage: int) -> Line2D:
+    return Line2D([], [], **_stage_style(stage), label=f"{STAGES[stage]}×{STAGES[stage]}")
+
+
+def _stage_style(stage: int) -> dict[str, Any]:
+    colour, marker = COLOURS[stage - 1], MARKERS[stage - 1]
+    return {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
 
 
 def _speedup_panel(ax: Axes, points: Sequence[Row]) -> None:
+    """Speed-ups with the quartiles of both times; the side where ours loses is shaded."""
     ticks = {
         r["groups"]: f"{r['groups']}×{r['c'] // r['groups'] // 2 ** (r['stage'] - 1)}"
         for r in points
     }
-    for i, (stage, size) in enumerate(STAGE_SIZES.items()):
-        line = sorted((r["groups"], r["speedup"]) for r in points if r["stage"] == stage)
-        if line:
-            ax.plot(
-                *zip(*line, strict=True),
-                color=COLOURS[i],
-                marker=MARKERS[i],
-                markersize=4.5,
-                linewidth=1.4,
-                label=size,
-            )
-    ax.axhline(1.0, color="0.3", linewidth=1, linestyle="--")
+    for stage in STAGES:
+        line = sorted((r for r in points if r["stage"] == stage), key=lambda r: r["groups"])
+        if not line:
+            continue
+        y = [r["speedup"] for r in line]
+        ours = [r["times_ms"][OURS] for r in line]
+        best = [r["times_ms"][r["best_peer"]] for r in line]
+        low = [v - b["q1"] / o["q3"] for v, o, b in zip(y, ours, best, strict=True)]
+        high = [b["q3"] / o["q1"] - v for v, o, b in zip(y, ours, best, strict=True)]
+        x = [r["groups"] for r in line]
+        ax.errorbar(x, y, yerr=(low, high), elinewidth=1, **_stage_style(stage))
+    ax.axhline(1.0, color="0.3", linewidth=1)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(sorted(ticks), [ticks[g] for g in sorted(ticks)])
-    low, high = ax.get_ylim()
+    ax.tick_params(axis="x", labelsize=8)
+
+
+def _speedup_scale(axes: Any) -> None:
+    """The one y scale of all panels, 1 in view, and the losing side shaded."""
+    first = axes.flat[0]
+    low, high = first.get_ylim()
+    low, high = min(low, 0.8), max(high, 1.25)
     shown = [v for v in SPEEDUP_TICKS if low <= v <= high]
-    ax.set_yticks(shown, [f"{v:g}×" for v in shown])
-    ax.minorticks_off()
-    ax.set_xlabel("cardinality × width per group at stage 1")
+    for ax in axes.flat:
+        ax.axhspan(low, 1, color="0.5", alpha=0.1, linewidth=0)
+        ax.set_ylim(low, high)
+        ax.set_yticks(shown, [f"{v:g}×" for v in shown])
+        ax.minorticks_off()
 
 
 def _roofline(report: Report, rows: Sequence[Row]) -> Figure | None:
     """GFLOP/s over flops per byte, ours tied to the best peer, under the roof measured in the run.
 
-    The roof has two slopes: a copy that fits in a cache, and one that does not.
+    The roof has two slopes: data that fits in a cache, and data that does not.
     """
-    keep = [r for r in rows if "speedup" in r]
-    modes = [m for m in MODES if any(r["mode"] == m for r in keep)]
+    modes = [m for m in MODES if any(r["mode"] == m for r in rows)]
     figures = report["roofline"]
-    peaks = [v for k, v in figures.items() if k.startswith("peak")]
-    copies = {int(k.split()[1]) >> 20: v for k, v in figures.items() if k.startswith("copy")}
-    if not modes or not peaks or not copies:
+    peaks = {k.split()[1]: v for k, v in figures.items() if k.startswith("peak")}
+    slopes = {int(k.split()[1]) >> 20: v for k, v in figures.items() if not k.startswith("peak")}
+    if not modes or not peaks or not slopes:
         return None
-    width = 3.6 * len(modes) + 0.8
+    peak = peaks.get(rows[0]["dtype"], max(peaks.values()))
     figure, axes = plt.subplots(
-        1, len(modes), figsize=(width, 3.6), squeeze=False, layout="constrained", sharey=True
+        1,
+        len(modes),
+        figsize=(3.4 * len(modes) + 2.2, 3.8),
+        squeeze=False,
+        layout="constrained",
+        sharey=True,
     )
-    intensities = [r["flops"] / r["bytes_moved"] for r in keep]
-    x = np.geomspace(min(intensities) / 1.5, max(intensities) * 1.5, 200)
-    slopes = {size: copies[size] for size in (min(copies), max(copies))}
+    intensities = [r["flops"] / r["bytes_moved"] for r in rows]
+    ridge = peak / min(slopes.values())
+    x = np.geomspace(min(*intensities, ridge) / 2, max(*intensities, ridge) * 1.5, 200)
     for ax, mode in zip(axes.flat, modes, strict=True):
-        for (size, bandwidth), line in zip(slopes.items(), ("-", "--"), strict=False):
-            roof = np.minimum(max(peaks), x * bandwidth)
-            ax.plot(x, roof, color="0.3", linewidth=1, linestyle=line, label=f"roof, {size} MiB")
-        points = [r for r in keep if r["mode"] == mode]
+        for size, line in zip((min(slopes), max(slopes)), ("-", "--"), strict=True):
+            roof = np.minimum(peak, x * slopes[size])
+            ax.plot(x, roof, color="0.3", linestyle=line, label=f"roof, data of {size} MiB")
+        points = [r for r in rows if r["mode"] == mode]
         at = [r["flops"] / r["bytes_moved"] for r in points]
         ours = [r["gflop_s"] for r in points]
         peers = [r["gflop_s"] / r["speedup"] for r in points]
@@ -188,8 +227,11 @@ def _roofline(report: Report, rows: Sequence[Row]) -> Figure | None:
             axis.set_minor_formatter(NullFormatter())
         ax.set_title(mode, fontsize=9, loc="left")
     axes[0, 0].set_ylabel("GFLOP/s")
-    axes[0, -1].legend(fontsize=8, loc="lower right")
-    figure.suptitle("Reached speed under the roof measured in the same run", fontsize=11)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    figure.suptitle(
+        f"Speed reached under the roof measured in the same run, {rows[0]['dtype']}", fontsize=11
+    )
     return figure
 
 
@@ -198,23 +240,20 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
     keep = [
         r
         for r in rows
-        if r["mode"] == "forward+backward"
-        and r["groups"] == 32
-        and r["dtype"] == "float32"
-        and r["layout"] == "channels_last"
+        if _of(r, "forward+backward", [(32, 4)])
         and {OURS, "eager"} <= r.get("saved_bytes", {}).keys()
-        and r["c"] * r["size"] // r["stride"] == 128 * 56
-        and r["backend"] is None
     ]
     if not keep:
         return None
     n = max(r["n"] for r in keep)
     keep = sorted((r for r in keep if r["n"] == n), key=lambda r: (r["stride"], r["stage"]))
-    figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(8.8, 1.2 + 0.55 * len(keep)), layout="constrained", sharey=True
+    )
     titles = {"saved_bytes": "saved for backward", "peak_bytes": "peak during forward + backward"}
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for i, name in enumerate((OURS, "eager")):
-            ax.barh(
+            bars = ax.barh(
                 [y + (0.2 if i else -0.2) for y in range(len(keep))],
                 [r[key][name] / 2**20 for r in keep],
                 height=0.38,
@@ -223,11 +262,13 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
                 hatch="" if i == 0 else "//",
                 edgecolor="white",
             )
+            ax.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
         ax.set_yticks(range(len(keep)), [r["label"] for r in keep])
         ax.set_xlabel("MiB")
         ax.set_title(title, fontsize=9, loc="left")
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"Memory of the layer in training, batch {n}, float32", fontsize=11)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    figure.suptitle(f"Memory of the layer in training, batch {n}, {keep[0]['dtype']}", fontsize=11)
     return figure

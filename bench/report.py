@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from bench.cases import EQUAL_COMPLEXITY, STAGES, TWICE_COMPLEXITY
@@ -172,50 +174,81 @@ def provenance(report: Report) -> str:
 
 
 def roofline(report: Report) -> str:
-    parts = []
-    for key, value in report["roofline"].items():
-        kind, what = key.split(" ")
-        if kind == "peak_gflops":
-            parts.append(f"{value:.0f} GFLOP/s {what}")
-        else:
-            parts.append(f"{value:.0f} GB/s over {int(what) >> 20} MiB")
-    return ", ".join(parts)
+    figures = [(*key.split(" "), value) for key, value in report["roofline"].items()]
+    peaks = [f"{value:.0f} GFLOP/s {what}" for kind, what, value in figures if "peak" in kind]
+    sizes = {int(what) >> 20: value for kind, what, value in figures if "peak" not in kind}
+    return ", ".join(peaks + [f"{sizes[size]:.0f} GB/s over {size} MiB" for size in sorted(sizes)])
 
 
 # -------------------------------------------------------------------------------------- compare
 
 
 def compare(a: Report, b: Report) -> str:
-    """Two reports side by side; a row moved when the quartiles of its times do not overlap."""
+    """Two reports side by side, and which rows moved.
+
+    A row moved when its quartiles do not overlap, and when it moved further than the peers did,
+    whose code is the same in both: between two runs of one program a machine differs by more than
+    within one.
+    """
     rows_a, rows_b = ({r["id"]: r for r in report["rows"]} for report in (a, b))
-    shared = [i for i in rows_a if i in rows_b]
+    pairs = [(rows_a[i], rows_b[i]) for i in rows_a if i in rows_b]
+    same = all(a[key] == b[key] for key in ("machine", "method", "versions"))
+    noise = _noise(pairs) if same else None
     lines, moved = [], 0
-    for i in shared:
-        ta, tb = (rows[i]["times_ms"].get(OURS) for rows in (rows_a, rows_b))
-        start = [where(rows_a[i]), rows_a[i]["mode"]]
-        if ta is None or tb is None:
-            states = ["FAILED" if t is None else milliseconds(t) for t in (ta, tb)]
-            lines.append([*start, *states, "", "", "FAILED" if tb is None else "mended"])
-            moved += (ta is None) != (tb is None)
-            continue
-        verdict = "slower" if tb["q1"] > ta["q3"] else "faster" if tb["q3"] < ta["q1"] else ""
-        moved += bool(verdict)
+    for row_a, row_b in pairs:
+        verdict = _moved(row_a, row_b, noise or 1.0)
+        moved += verdict not in ("", "busy")
+        ta, tb = (row["times_ms"].get(OURS) for row in (row_a, row_b))
+        spreads = ["FAILED" if t is None else milliseconds(t, spread=True) for t in (ta, tb)]
+        ratio = times(ta["median"] / tb["median"]) if ta and tb else ""
         speedups = " → ".join(
-            times(rows[i]["speedup"]) if "speedup" in rows[i] else "-" for rows in (rows_a, rows_b)
+            times(row["speedup"]) if "speedup" in row else "-" for row in (row_a, row_b)
         )
-        ratio = times(ta["median"] / tb["median"])
-        spreads = [milliseconds(t, spread=True) for t in (ta, tb)]
-        lines.append([*start, *spreads, ratio, speedups, verdict])
+        lines.append([where(row_a), row_a["mode"], *spreads, ratio, speedups, verdict])
     header = ["layer", "pass", "A ms", "B ms", "A / B", "against the best peer", "moved"]
     out = [f"A: {provenance(a)}", f"B: {provenance(b)}", "", markdown(header, lines), ""]
-    out.append(f"{len(shared)} rows in both, {moved} moved beyond their spread")
+    out.append(f"{len(pairs)} rows in both, {moved} moved beyond their spread")
+    if noise:
+        out.append(
+            f"the spread between these runs: 19 of 20 times of peers are within {noise:.2f}x"
+        )
     for name, mine, other in (("A", rows_a, rows_b), ("B", rows_b, rows_a)):
         only = [i for i in mine if i not in other]
         if only:
             out.append(f"only in {name}: {', '.join(only)}")
-    if a["machine"] != b["machine"] or a["method"] != b["method"]:
-        out.append("note: machine or method differ; times say little, compare the ratios")
+    if not same:
+        out.append("note: machine, method or versions differ; times say little, compare the ratios")
     return "\n".join(out)
+
+
+def _busy(row: Row) -> bool:
+    return any(flag.startswith("busy machine") for flag in row["flags"])
+
+
+def _noise(pairs: Sequence[tuple[Row, Row]]) -> float | None:
+    """The factor that 19 of 20 times of peers stay within; None where there are too few."""
+    factors = []
+    for a, b in pairs:
+        if _busy(a) or _busy(b):
+            continue
+        for name in (a["times_ms"].keys() & b["times_ms"].keys()) - {OURS, "ours float32"}:
+            ratio = b["times_ms"][name]["median"] / a["times_ms"][name]["median"]
+            factors.append(max(ratio, 1 / ratio))
+    return quantiles(factors, n=20, method="inclusive")[-1] if len(factors) > 1 else None
+
+
+def _moved(a: Row, b: Row, noise: float) -> str:
+    """The verdict on one row, empty when it did not move."""
+    ta, tb = a["times_ms"].get(OURS), b["times_ms"].get(OURS)
+    if ta is None or tb is None:
+        return "FAILED" if tb is None and ta else "mended" if tb else ""
+    if _busy(a) or _busy(b):
+        return "busy"
+    if tb["q1"] > ta["q3"] and tb["median"] > ta["median"] * noise:
+        return "slower"
+    if tb["q3"] < ta["q1"] and tb["median"] < ta["median"] / noise:
+        return "faster"
+    return ""
 
 
 # --------------------------------------------------------------------------------------- README
@@ -267,7 +300,8 @@ def readme_block(reports: Sequence[tuple[str, Report]]) -> str:
             f = s["equal_complexity_eval"]
             parts.append(
                 f"Over the family of equal complexity (1x64, 2x40, 4x24, 8x14, 32x4) at every "
-                f"stage, eval, batch 8: geometric mean {times(f['geometric_mean'])} where C > 1, "
+                f"stage, eval, batch 8, over the faster of eager and folded: geometric mean "
+                f"{times(f['geometric_mean'])} where C > 1, "
                 f"minimum {times(f['minimum'])} ({f['minimum_where']})."
             )
         for model, mb in s.get("saved_mb_per_image", {}).items():
@@ -280,6 +314,10 @@ def readme_block(reports: Sequence[tuple[str, Report]]) -> str:
             f"All {s['rows']} rows of that run: faster than every peer in {s['faster']}, slower "
             f"than one of them in {slower}, failed {s['failed']}."
         )
+        flags = Counter(flag.split(":")[0] for r in report["rows"] for flag in r["flags"])
+        if flags:
+            counts = (f"{flag} ({count} rows)" for flag, count in flags.items())
+            parts.append("Flagged: " + ", ".join(counts) + ".")
         if report["absent"]:
             parts.append("Absent: " + "; ".join(report["absent"]) + ".")
         parts.append(f"Floor measured in the same run: {roofline(report)}.")

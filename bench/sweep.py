@@ -10,15 +10,15 @@ from statistics import geometric_mean
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench import peers, timing
-from bench.cases import EQUAL_COMPLEXITY, Case
+from bench.cases import EQUAL_COMPLEXITY, Case, taps
 from bench.peers import OURS, Candidate, Workload
 
 SCHEMA = 1
-BUSY = 30.0  # preemptions a second; an idle machine shows a few
+BUSY = 0.05  # share of the time lost to others; the smallest speed-up that a bar asks for
 Row = dict[str, Any]
 
 
@@ -47,48 +47,81 @@ def measure(
         "errors": {},
         "flags": [],
     }
+    try:
+        _measure(row, case, method, names, build)
+    except Exception as error:  # out of memory, say: a row to show, not a crash
+        row["failed"].setdefault(OURS, _text(error))
+    if OURS in row["failed"]:
+        row["times_ms"] = {}  # no numbers beside a kernel that is wrong
+        return row
+    return finish(row, roofline)
+
+
+def _measure(
+    row: Row,
+    case: Case,
+    method: timing.Method,
+    names: Sequence[str],
+    build: Callable[[Workload, str], Candidate],
+) -> None:
+    """Fill ``row`` with errors, times, memory and work."""
     work = peers.workload(case)
     eager_errors = peers.eager_errors(work)
-    runs: dict[str, timing.Run] = {}
+    candidates: dict[str, Candidate] = {}
     for name in (OURS, *names):
         try:
             candidate = build(work, name)
-            verdict = peers.check(work, candidate.results(candidate.run()), eager_errors)
-        except Exception as error:  # a candidate that cannot run is a row to show, not a crash
-            row["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            with peers.poisoned(name.startswith(OURS)):
+                results = candidate.results(candidate.run())
+            verdict = peers.check(work, results, eager_errors)
+        except Exception as error:
+            row["failed"][name] = _text(error)
             continue
         row["errors"][name] = verdict.error
         if verdict.passed:
-            runs[name] = candidate.run
+            candidates[name] = candidate
         else:
             row["failed"][name] = str(verdict)
-    if OURS not in runs:
-        return row  # no numbers beside a kernel that is wrong
+    if OURS not in candidates:
+        return
 
-    timed = runs
-    if method.device == "cuda" and case.level == "op":
-        timed, reason = _graphed(runs)
-        row["cuda_graphs"] = reason is None
+    runs = {name: candidate.run for name, candidate in candidates.items()}
+    timed, graphed = runs, False
+    if method.device == "cuda" and (case.level, case.mode) != ("network", "forward+backward"):
+        row["copies"] = work.copies
+        timed, reason = _graphed(runs, work.copies)
+        row["cuda_graphs"] = graphed = reason is None
         if reason:
             row["flags"].append(f"launches included: {reason}")
-    disturbance = timing.preempted()
+    lost_share = timing.disturbance(method.threads)
     measured = timing.interleaved(timed, method)
-    row["preempted_per_s"] = disturbance()
-    if row["preempted_per_s"] > BUSY:
-        row["flags"].append(f"busy machine: preempted {row['preempted_per_s']:.0f} times a second")
-    row["times_ms"] = {name: _summary(seconds) for name, seconds in measured.items()}
-    if (case.mode != "eval" and method.device == "cpu") or case.level == "op":
-        row["peak_bytes"] = {
-            name: timing.peak_bytes(runs[name], method.device)
-            for name in (OURS, "eager")
-            if name in runs
-        }
+    row["lost_share"] = lost_share()
+    if method.device == "cpu" and (row["lost_share"] or 0.0) > BUSY:
+        row["flags"].append(f"busy machine: {row['lost_share']:.0%} of the time lost to others")
+    calls = work.copies if graphed else 1
+    for name, seconds in measured.items():
+        row["times_ms"][name] = _summary([s / calls for s in seconds])
+    for name, run in timed.items():  # what was timed is what was right
+        for results in run() if graphed else [run()]:
+            named = candidates[name].results(results)
+            verdict = peers.check(work, named, eager_errors, work.steady)
+            if not verdict.passed:
+                row["failed"][name] = f"{verdict}, after it was timed"
+                row["times_ms"].pop(name, None)
+    row["peak_bytes"] = {
+        name: timing.peak_bytes(runs[name], method.device)
+        for name in (OURS, "eager")
+        if name in runs
+    }
     if case.mode != "eval":
         row["saved_bytes"] = {
             name: timing.saved_bytes(runs[name]) for name in (OURS, "eager") if name in runs
         }
     row["flops"], row["bytes_moved"] = _work(case)
-    return finish(row, roofline)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, Any]:
@@ -98,29 +131,44 @@ def _summary(seconds: Sequence[float]) -> dict[str, Any]:
     return {"median": median, "q1": q1, "q3": q3, "rounds": len(seconds)}
 
 
-def _graphed(runs: dict[str, timing.Run]) -> tuple[dict[str, timing.Run], str | None]:
+def _graphed(runs: dict[str, timing.Run], copies: int) -> tuple[dict[str, timing.Run], str | None]:
     """All candidates as CUDA graphs, or none and the reason: both sides run alike."""
     try:
-        return {name: timing.graphed(run) for name, run in runs.items()}, None
+        return {name: timing.graphed(run, copies) for name, run in runs.items()}, None
     except RuntimeError as error:
         return runs, str(error).splitlines()[0][:200]
 
 
 def _work(case: Case) -> tuple[int, int]:
-    """Flops and compulsory bytes; a network's flops are counted by torch in a forward pass."""
+    """Flops and compulsory bytes; a network's are those of its layers, counted in a forward pass.
+
+    A network reads its images and parameters; training also reads the parameters for the gradients
+    of the maps, and writes those of the parameters. Its first layer has no gradient to pass on.
+    """
     if case.level != "network":
         return case.flops, case.bytes_moved
-    model = peers.eager_module(case).eval()
-    x = peers.module_input(case)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model.to(x.device)(x)
-    flops = counter.get_total_flops()
-    stored = sum(p.numel() * 4 for p in model.parameters()) + x.numel() * 4
+    model, x = peers.eager_module(case).eval(), peers.module_input(case).cpu()
+    flops: list[int] = []
+
+    def count(layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            size, kernel, stride = inputs[0].shape[2:], layer.kernel_size, layer.stride
+            padding = [int(p) for p in layer.padding]
+            height, width = (taps(size[i], kernel[i], stride[i], padding[i]) for i in (0, 1))
+            inside = case.n * height * width
+            flops.append(2 * inside * layer.out_channels * (layer.in_channels // layer.groups))
+        else:
+            flops.append(2 * case.n * layer.in_features * layer.out_features)
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(x[:1])
+    parameters, images = sum(p.numel() * 4 for p in model.parameters()), x.numel() * 4
     if case.mode == "eval":
-        return flops, stored
-    stem = 2 * case.n * 112 * 112 * 64 * 147 if case.size == 224 else 0  # images need no gradient
-    return 3 * flops - stem, 3 * stored
+        return sum(flops), parameters + images
+    return 3 * sum(flops) - flops[0], 3 * parameters + 2 * images
 
 
 def finish(row: Row, roofline: timing.Roofline) -> Row:
@@ -156,6 +204,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure all cases and return the report that is written as JSON."""
     torch.set_num_threads(method.threads)
+    memory_kept = timing.keep_memory()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions may: the peak is TF32's
     started = time.monotonic()
@@ -186,7 +235,7 @@ def run(
         "commit": timing.commit(),
         "machine": timing.machine(),
         "versions": timing.versions(),
-        "method": asdict(method),
+        "method": asdict(method) | {"memory_kept": memory_kept},
         "roofline": roofline.as_json(),
         "absent": absent,
         "summary": summarise(rows),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import peers
+from bench import peers, timing
 from bench.cases import Axes, Case, product
 from bench.peers import OURS, Workload
 
@@ -18,6 +18,11 @@ CASES = [
     *product(Axes(levels=["op"], passes=["forward+backward"], series=["stages"])),
 ]
 QUICK_PEERS = ("eager", "folded", "loop")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory() -> None:
+    timing.keep_memory()
 
 
 @lru_cache(maxsize=1)  # the candidates of a row follow each other

@@ -78,6 +78,11 @@ void bn_relu_input_gradient(int dtype, int64_t M, int64_t C, Pointer dy, Pointer
   cpu::kernels().bn_relu_input_gradient(static_cast<DType>(dtype), M, C, gradient, out(dz), num_threads);
 }
 
+// On the best instruction set of the machine, whichever is in use.
+int64_t multiply_adds(int64_t rounds, int num_threads) {
+  return cpu::supported_kernels()[0]->multiply_adds(rounds, num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -104,4 +109,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize_relu", &normalize_relu, nogil);
   m.def("bn_relu_backward", &bn_relu_backward, nogil);
   m.def("bn_relu_input_gradient", &bn_relu_input_gradient, nogil);
+  m.def("multiply_adds", &multiply_adds, nogil, py::arg("rounds"), py::arg("num_threads"),
+        "Multiply-adds on registers alone, on the best instruction set; returns the operations made.");
 }

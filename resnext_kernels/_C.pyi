@@ -114,3 +114,5 @@ def conv_backward(
     num_threads: int,
     /,
 ) -> None: ...
+def multiply_adds(rounds: int, num_threads: int) -> int:
+    """Multiply-adds on registers, on the machine's best instruction set; the operations made."""

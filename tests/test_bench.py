@@ -1,17 +1,24 @@
 """The harness judged by itself: wrong, slow and impossible kernels, its bounds, its reports."""
 
 import copy
+import itertools
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+import timeit
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("tqdm", reason="the harness needs the extra [bench]")
 pytest.importorskip("cpuinfo", reason="the harness needs the extra [bench]")
@@ -62,7 +69,7 @@ def full_report(rows: list[sweep.Row]) -> report.Report:
         "created": "2000-01-01T00:00:00+00:00", "commit": "0" * 12, "versions": {"torch": "2.6"},
         "machine": {"cpu": "a CPU", "cores": 2, "kernel_isa": "avx2", "gpu": None},
         "method": {"rounds": 3, "min_time_ms": 1.0, "threads": 2, "device": "cpu"},
-        "roofline": {"peak_gflops float32": 100.0, "copy_gb_s 1048576": 9.0},
+        "roofline": {"peak_gflops float32": 100.0, "bandwidth_gb_s 1048576": 9.0},
         "absent": {}, "summary": sweep.summarise(rows), "rows": rows,
     }  # fmt: skip
 
@@ -120,6 +127,42 @@ def test_raising_kernel_is_a_failed_row() -> None:
     assert not row["times_ms"]
 
 
+def test_kernel_that_writes_nothing_gets_no_number() -> None:
+    """Its memory is, by luck, that in which a candidate before it left the right results."""
+
+    def idle(candidate: Candidate) -> Candidate:
+        shapes = [t.shape for t in candidate.run()]
+        return candidate._replace(run=lambda: tuple(torch.empty(shape) for shape in shapes))
+
+    row = measured(idle)
+    assert "error nan" in row["failed"][OURS]
+    assert not row["times_ms"]
+
+
+def test_kernel_that_goes_wrong_later_gets_no_number() -> None:
+    def tiring(candidate: Candidate) -> Candidate:
+        calls = itertools.count()
+        return candidate._replace(
+            run=lambda: tuple(t * (1.001 if next(calls) > 2 else 1.0) for t in candidate.run())
+        )
+
+    row = measured(tiring)
+    assert row["failed"][OURS].endswith("after it was timed")
+    assert not row["times_ms"]
+    row = measured(tiring, name="folded")
+    assert set(row["times_ms"]) == {OURS, "eager", "loop"}
+
+
+def test_row_that_cannot_be_set_up_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_of_memory(case: Case) -> Workload:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peers, "workload", short_of_memory)
+    row = measured(lambda candidate: candidate)
+    assert row["failed"][OURS] == "OutOfMemoryError: CUDA out of memory"
+    assert "FAILED" in report.table(full_report([row]))
+
+
 def test_wrong_peer_does_not_count() -> None:
     row = measured(altered(lambda t: t * 1.001), name="folded")
     assert "wrong y" in row["failed"]["folded"]
@@ -161,11 +204,134 @@ def test_slow_kernel_shows_as_slow() -> None:
 
 def test_candidates_take_turns() -> None:
     calls: list[str] = []
-    runs: dict[str, timing.Run] = {name: partial(calls.append, name) for name in "ab"}
+    runs: dict[str, timing.Run] = {name: partial(calls.append, name) for name in "abc"}
     found = timing.interleaved(runs, timing.Method(rounds=4, min_time_ms=1e-6, threads=1))
-    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 4, "b": 4}
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 4, "b": 4, "c": 4}
     order = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
-    assert order == list("ab" * 5)  # the first turn tells how many calls a turn needs
+    assert order[:3] == list("abc")  # tells how many calls a turn needs
+    assert order[3:] == list("abcbcacababc")  # every round begins with the next
+
+
+def test_lost_time_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lost, flags in ((0.04, []), (0.2, ["busy machine: 20% of the time lost to others"])):
+        monkeypatch.setattr(timing, "disturbance", lambda threads, lost=lost: lambda: lost)
+        row = measured(lambda candidate: candidate)
+        assert row["flags"] == flags
+        assert row["lost_share"] == lost
+
+
+@pytest.mark.skipif(not timing._run_delays(), reason="this kernel tells no run delays")
+def test_lost_time_is_measured() -> None:
+    """Two threads that compute on one core lose half of the time to each other."""
+    allowed = os.sched_getaffinity(0)
+    a = torch.randn(300, 300)
+
+    def work() -> None:
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            a @ a
+
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        share = timing.disturbance(threads=2)
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.25)  # the figures of a thread go with it
+        lost = share()
+        for thread in threads:
+            thread.join()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert lost is not None
+    assert lost > 0.2
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: a stream is run at once, a graph records the calls it captures."""
+
+    clock = 0.0
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None: ...
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = FakeCuda.clock
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Any) -> float:
+            return end.at - self.at
+
+    class CUDAGraph:
+        replays = 0
+
+        def replay(self) -> None:
+            FakeCuda.CUDAGraph.replays += 1
+            FakeCuda.clock += 1.0
+
+    @staticmethod
+    def context(_: Any) -> Any:
+        return nullcontext()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeCuda]:
+    for name in ("Stream", "Event", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(FakeCuda, name))
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeCuda.Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", FakeCuda.context)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCuda.context)
+    return FakeCuda
+
+
+def test_cuda_events_and_graphs(fake_cuda: type[FakeCuda]) -> None:
+    calls = itertools.count()
+    replay = timing.graphed(lambda: next(calls), 4)
+    assert replay() == [4, 5, 6, 7]  # after as many calls to warm up
+    method = timing.Method(rounds=3, min_time_ms=5, threads=1, device="cuda")
+    assert timing.interleaved({"a": replay}, method) == {"a": [pytest.approx(1e-3)] * 3}
+    assert next(calls) == 8  # replayed, not called again
+
+
+def test_so_many_copies_that_they_leave_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert timing.rotation(10 << 20, "cpu") == 1
+    assert timing.rotation(400 << 20, "cuda") == 1
+    count = timing.rotation(10 << 20, "cuda")
+    assert (count - 1) * (10 << 20) >= 2 * (50 << 20)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(SMALL, "loop"), (Case("block", "eval", 2, 7, c=1024, groups=32), "eager")],
+    ids=["op", "block"],
+)
+def test_copies_take_turns(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "rotation", lambda bytes_moved, device: 3)
+    work = peers.workload(case)
+    candidate, allowed = work.build(name), peers.eager_errors(work)
+    convolution, read = torch.nn.functional.conv2d, list[int]()
+
+    def spy(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        read.append(x.data_ptr())
+        return convolution(x, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
+    inputs = []
+    for _ in range(4):
+        read.clear()
+        results = candidate.results(candidate.run())
+        inputs.append(read[0])
+        assert peers.check(work, results, allowed).passed
+    assert len(set(inputs)) == 3
+    assert inputs[3] == inputs[0]
 
 
 # The floor
@@ -184,9 +350,39 @@ def test_beaten_floor_is_flagged() -> None:
 
 def test_floor_is_the_larger_of_its_two_sides() -> None:
     roofline = timing.Roofline(FAST)
-    roofline._best = {"flops float32": 100e9, f"copy {2**20}": 10e9}
+    roofline._best = {"flops float32": 100e9, **{f"bytes {2**20 * 4**i}": 10e9 for i in range(5)}}
     assert roofline.floor_ms(1e9, 2**20, "float32") == pytest.approx(10.0)
     assert roofline.floor_ms(1e6, 2**20, "float32") == pytest.approx(2**20 / 10e6)
+
+
+def test_multiply_adds_are_made() -> None:
+    library = pytest.importorskip("resnext_kernels._C")
+    few, many = 1 << 12, 1 << 18
+    operations = library.multiply_adds(many, 1)
+    assert operations == library.multiply_adds(few, 1) * (many // few)
+    assert operations == library.multiply_adds(many // 2, 2)
+    times = [
+        min(timeit.repeat(partial(library.multiply_adds, rounds, 1), number=1, repeat=20))
+        for rounds in (few, many)
+    ]
+    assert times[1] > 8 * times[0]  # 64 times the work: none of it is optimised away
+
+
+@pytest.mark.parametrize("operations", [1, 10**15])
+def test_peak_is_the_best_of_registers_and_products(
+    operations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        @staticmethod
+        def multiply_adds(rounds: int, num_threads: int) -> int:
+            return operations
+
+    monkeypatch.setattr(timing, "compiled_library", lambda: Library)
+    of_registers = timing.Roofline(FAST).flops("float32")
+    monkeypatch.setattr(timing, "compiled_library", lambda: None)
+    of_products = timing.Roofline(FAST).flops("float32")
+    assert 1e8 < of_products < 1e14
+    assert of_registers > 1e18 if operations > 1 else 1e8 < of_registers < 1e14
 
 
 def test_machine_is_measured() -> None:
@@ -194,29 +390,73 @@ def test_machine_is_measured() -> None:
     assert 1e8 < roofline.flops("float32") < 1e14
     assert 1e8 < roofline.bandwidth(2**20) < 1e13
     roofline.refresh()
-    assert set(roofline.as_json()) == {"peak_gflops float32", f"copy_gb_s {2**20}"}
+    sizes = [2**20 * 4**i for i in range(5)]
+    assert list(roofline.as_json()) == [
+        "peak_gflops float32",
+        *(f"bandwidth_gb_s {size}" for size in sizes),
+    ]
 
 
 def test_flops_and_bytes() -> None:
     case = Case("op", "eval", 8, 56, c=128, groups=32)
-    assert case.flops == 2 * 8 * 56 * 56 * 128 * 4 * 9
+    assert case.flops == 2 * 8 * (3 * 56 - 2) ** 2 * 128 * 4
     assert case.bytes_moved == 4 * (2 * 8 * 56 * 56 * 128 + 128 * 4 * 9)
     both = Case("op", "forward+backward", 8, 56, c=256, groups=32, stride=2)
-    assert both.flops == 3 * 2 * 8 * 28 * 28 * 256 * 8 * 9
+    assert both.flops == 3 * 2 * 8 * (3 * 28 - 1) ** 2 * 256 * 8
     x, y, weight = 8 * 56 * 56 * 256, 8 * 28 * 28 * 256, 256 * 8 * 9
     assert both.bytes_moved == 4 * (3 * x + 4 * y + 3 * weight)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_block_flops_are_those_that_torch_counts(stride: int) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+def non_padding(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Products of a convolution that are not with padding, by a convolution that counts them."""
+    ones = torch.ones(1, 1, size, size), torch.ones(1, 1, kernel, kernel)
+    return int(torch.nn.functional.conv2d(*ones, stride=stride, padding=padding).sum())
 
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0)])
+def test_padding_is_no_work(size: int, kernel: int, stride: int, padding: int) -> None:
+    expected = non_padding(size, kernel, stride, padding)
+    assert cases.taps(size, kernel, stride, padding) ** 2 == expected
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_block_flops_are_those_that_torch_counts_less_the_padding(stride: int) -> None:
     case = Case("block", "eval", 1, 14 * stride, c=512, groups=32, stride=stride)
     module, x = peers.eager_module(case), peers.module_input(case)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         module(x)
-    assert counter.get_total_flops() == case.flops
+    padded = 9 * 14 * 14 - non_padding(14 * stride, 3, stride, 1)
+    assert counter.get_total_flops() - 2 * padded * 512 * 16 == case.flops
+
+
+def test_network_work_is_that_which_torch_counts_less_the_padding() -> None:
+    case = Case("network", "eval", 2, 64, model="resnext14_4x4d")
+    model, x = peers.eager_module(case).eval(), peers.module_input(case)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(x)
+    padded = 0
+
+    def count(conv: torch.nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal padded
+        (kernel, _), (stride, _), (padding, _) = conv.kernel_size, conv.stride, conv.padding
+        all_products = (output.shape[-1] * kernel) ** 2
+        inside = non_padding(inputs[0].shape[-1], kernel, stride, padding)
+        channels = conv.out_channels * conv.in_channels // conv.groups
+        padded += 2 * case.n * channels * (all_products - inside)
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(x)
+    flops, _ = sweep._work(case)
+    assert padded > 0
+    assert flops == counter.get_total_flops() - padded
+    stem = 2 * case.n * 64 * 3 * non_padding(64, 7, 2, 3)
+    assert sweep._work(replace(case, mode="forward+backward"))[0] == 3 * flops - stem
 
 
 # Memory
@@ -229,6 +469,29 @@ def test_memory_is_counted() -> None:
     assert timing.peak_bytes(lambda: (x.detach() + 1).add(1).add(1), "cpu") == pytest.approx(
         8e6, rel=1e-3
     )
+
+
+def test_memory_is_kept() -> None:
+    script = """
+import resource, torch
+from bench import timing
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(25, 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = faults()
+if timing.keep_memory():
+    later = [faults() for _ in range(5)]  # until the heap has grown to what is asked of it
+    print(before, later[-1])
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("no glibc here")
+    before, after = map(int, done.stdout.split())
+    assert before > 3 * 20_000  # of 25,600 pages: what mallopt is for
+    assert after < 100
 
 
 # Cases and candidates
@@ -286,6 +549,26 @@ def test_absent_peer_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert absent["openvino"] == "openvino not installed: pip install '.[bench]'"
 
 
+@pytest.mark.parametrize("level", ["op", "block"])
+def test_compiled_peer_is_frozen(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters are constants of the graph: changing them changes nothing any more."""
+    parameters: list[torch.nn.Parameter] = []
+    compile_ = torch.compile
+
+    def spy(module: torch.nn.Module, **options: Any) -> Any:
+        parameters.extend(module.parameters())
+        return compile_(module, **options)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    work = peers.workload(Case(level, "eval", 1, 7, c=1024, groups=32))
+    candidate = work.build("compile")
+    before = candidate.results(candidate.run())["y"].clone()
+    for parameter in parameters:
+        parameter.data.zero_()
+    assert parameters
+    assert torch.equal(candidate.results(candidate.run())["y"], before)
+
+
 # Reports
 
 
@@ -323,6 +606,28 @@ def test_compare_tells_what_moved() -> None:
     assert moved == ["slower", "faster", ""]
     assert "3 rows in both, 2 moved beyond their spread" in lines
     assert lines[-1] == f"only in A: {rows[3].id}"
+
+
+def test_what_peers_move_is_no_move() -> None:
+    """Unchanged peers that moved by a fifth between two runs set the spread between them."""
+    rows = [case for case in cases.bars() if case.level == "op"][:10]
+    before = full_report([made_row(case) for case in rows])
+    drifts = [1.0, 1.2, 1.05, 0.95, 1.1, 0.9, 1.0, 1.2, 0.85, 1.15]
+    ours = [1.0, 1.1, 0.9, 1.3, 0.7, 1.0, 1.0, 1.0, 1.0, 1.0]
+    after = full_report(
+        [
+            made_row(case, ours=ms, eager=2 * drift)
+            for case, ms, drift in zip(rows, ours, drifts, strict=True)
+        ]
+    )
+    after["rows"][9]["flags"] = ["busy machine: 40% of the time lost to others"]
+    text = report.compare(before, after)
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    moved = [line.split("|")[-2].strip() for line in lines]
+    assert moved == ["", "", "", "slower", "faster", "", "", "", "", "busy"]
+    assert "19 of 20 times of peers are within 1.20x" in text
+    after["versions"] = {"torch": "2.7"}
+    assert "versions differ" in report.compare(before, after)
 
 
 def test_missed_bar_is_marked() -> None:
@@ -378,7 +683,17 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     [
         (["--suite", "all"], "invalid choice: 'all'"),
         (["--batch", "0"], "0 is not greater than zero"),
-        (["--batch", "x"], "'x' is not a number"),
+        (["--batch", "x"], "'x' is not a whole number"),
+        (["--min-time", "nan"], "nan is not greater than zero and finite"),
+        (["--quick", "--suite", "bars"], "not allowed with argument"),
+        (["--suite", "gpu", "--device", "cpu"], "--suite gpu is for --device cuda, not cpu"),
+        (["--level", "op", "--model", "resnet50"], "--model belongs to --level network"),
+        (["--level", "network", "--stage", "1"], "belong to --level op and block"),
+        (["--template", "16x8", "--series", "width"], "give one of them"),
+        (["--threads", "100000"], "this machine has"),
+        (["--output", "results.txt"], "has to end in .json"),
+        (["--output", "/proc/none/a.json"], "--output /proc/none/a.json: No such file"),
+        (["--peer", "jax"], "invalid choice: 'jax'"),
         (["--template", "32"], "'32' is not CARDINALITYxWIDTH"),
         (["--suite", "bars", "--batch", "1"], "fixes its rows"),
         (["--stage", "1", "--stride", "2", "--level", "op"], "leave no row"),

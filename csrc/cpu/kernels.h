@@ -61,6 +61,9 @@ struct Kernels {
   // dz = a * g + b * z + c; dz may be dy
   void (*bn_relu_input_gradient)(DType, int64_t M, int64_t C, const ReluBNGradient& gradient, void* dz,
                                  int num_threads);
+
+  // Multiply-adds on registers, to measure the peak of the machine; returns the floating-point operations made.
+  int64_t (*multiply_adds)(int64_t rounds, int num_threads);
 };
 
 const Kernels& kernels_avx512();

@@ -2,6 +2,7 @@
 // the standard library is instantiated here, so no code for a newer machine can leak into shared inline functions.
 #include "conv.h"
 #include "kernels.h"
+#include "peak.h"
 #include "pointwise.h"
 
 namespace resnext_kernels::cpu {
@@ -90,6 +91,7 @@ const Kernels& RK_JOIN(kernels_, RK_ISA)() {
       RK_TEXT(RK_ISA),    supported_here,       conv_affine_relu_any,
       conv_stats_any,     conv_backward_any,    batch_stats_any,
       normalize_relu_any, bn_relu_backward_any, bn_relu_input_gradient_any,
+      multiply_adds,
   };
   return table;
 }

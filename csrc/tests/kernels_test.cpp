@@ -768,6 +768,19 @@ vector<ConvProblem> problems() {
   return list;
 }
 
+// Every thread makes the same number of operations.
+void test_multiply_adds() {
+  for (auto table = cpu::supported_kernels(); *table != nullptr; ++table) {
+    const int64_t once = (*table)->multiply_adds(1, 1), more = (*table)->multiply_adds(7, 2);
+    if (once > 0 && more == 14 * once) {
+      ++passed;
+    } else {
+      ++failed;
+      std::printf("FAILED multiply_adds %s: %lld, then %lld\n", (*table)->isa, (long long)once, (long long)more);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -788,6 +801,7 @@ int main(int argc, char** argv) {
     test_matrix(dtype, 301, 64, -64);
   }
   test_repeatable();
+  test_multiply_adds();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
