@@ -90,11 +90,12 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<ConvProblem>(m, "ConvProblem")
       .def(py::init([](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t groups, int64_t stride,
-                       int64_t dilation, int dtype) {
-             return ConvProblem{N, H, W, C, K, groups, stride, dilation, static_cast<DType>(dtype)};
+                       int64_t dilation, int dtype, bool weight_channels_last) {
+             return ConvProblem{
+                 N, H, W, C, K, groups, stride, dilation, static_cast<DType>(dtype), weight_channels_last};
            }),
            py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"), py::arg("groups"), py::arg("stride"),
-           py::arg("dilation"), py::arg("dtype"));
+           py::arg("dilation"), py::arg("dtype"), py::arg("weight_channels_last"));
 
   m.def("cpu_isas", &cpu_isas, "Instruction sets this machine can run, best first.");
   m.def(

@@ -16,6 +16,7 @@ class ConvProblem:
         stride: int,
         dilation: int,
         dtype: int,
+        weight_channels_last: bool,
     ) -> None: ...
 
 def cpu_isas() -> list[str]: ...

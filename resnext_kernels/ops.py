@@ -1,7 +1,8 @@
 """The operators as torch knows them: schemas, shapes, autograd.
 
 Every operator is one opaque node for torch.compile and torch.export. Tensors may come in any memory
-format and go out in torch.channels_last; vectors are float32, float64 with float64 tensors.
+format and go out in torch.channels_last, dweight in the weight's; vectors are float32, float64 with
+float64 tensors.
 `backend` is a name, or "" for the one that `backends.select` finds. Arguments are not validated
 here: that is `functional`'s.
 
@@ -36,6 +37,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends
 from .backends import reference
+from .problem import weight_format
 
 __all__ = [
     "NO_BATCH_NORM",
@@ -129,6 +131,10 @@ def _register_autograd(op: Any, name: str, setup: Callable, backward: Callable) 
 
 def _nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight if weight_format(weight) is not None else weight.contiguous()
 
 
 def _maybe_nhwc(t: Tensor | None) -> Tensor | None:
@@ -271,6 +277,11 @@ def _like_nhwc(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.channels_last)
 
 
+def _like_weight(weight: Tensor) -> Tensor:
+    memory_format = weight_format(weight) or torch.contiguous_format
+    return torch.empty_like(weight, memory_format=memory_format)
+
+
 def _fake_conv(x: Tensor, channels: int, stride: int) -> Tensor:
     n, _, h, w = x.shape
     shape = (n, channels, (h - 1) // stride + 1, (w - 1) // stride + 1)
@@ -346,7 +357,7 @@ def _conv_affine_relu(
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, False, backend)
     return kernels.conv_affine_relu(
         _nhwc(x),
-        weight.contiguous(),
+        _dense(weight),
         scale,
         shift,
         residual=_maybe_nhwc(residual),
@@ -420,7 +431,7 @@ def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn)
     z, *batch = kernels.conv_stats(
         x,
-        weight.contiguous(),
+        _dense(weight),
         prologue=None if in_vectors is None else _affine(in_vectors),
         stride=stride,
         groups=groups,
@@ -495,7 +506,7 @@ def _conv_bn_relu_backward(
         dx, dweight = kernels.conv_backward(
             dy,
             x,
-            weight.contiguous(),
+            _dense(weight),
             bn=(z, scale, shift, *dz),
             y=y,
             prologue=None if in_vectors is None else _affine(in_vectors),
@@ -538,7 +549,7 @@ def _conv_bn_relu_backward_fake(
     return _given(
         x,
         _like_nhwc(x) if need_x else None,
-        weight.new_empty(weight.shape) if need_weight else None,
+        _like_weight(weight) if need_weight else None,
         *affine(z, need_affine),
         _like_nhwc(z) if need_residual else None,
         *affine(x, need_in_affine),

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ConvProblem"]
+__all__ = ["ConvProblem", "weight_format"]
 
 Phase = Literal["eval", "train", "backward"]
 
@@ -116,3 +116,11 @@ class ConvProblem:
             "backward": 2 * (x + weight) + (2 + 2 * residual) * y,
         }[phase]
         return elements * self.dtype.itemsize
+
+
+def weight_format(weight: Tensor) -> torch.memory_format | None:
+    """In which of the two dense memory formats of a contract's weight it lies; None for neither."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if weight.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return None

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from cases import CASES, FEW, Case, Target, assert_as_exact_as_torch, conv2d, cross, largest
 from torch import Tensor
 
+from resnext_kernels.problem import weight_format
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 each_case, few_cases = cross(CASES), cross(FEW)
@@ -30,7 +32,10 @@ class Exact:
         self.case, self.target = case, target
         d = case.c // case.groups
         self.x = self.images(3, case.n, case.c, case.h, case.w)
+        # the contract allows two memory formats of the weight: each case has one of them
         self.weight = self.integers(2, case.k, d, 3, 3).to(target.dtype)
+        if (case.c + case.w) % 2:
+            self.weight = self.weight.contiguous(memory_format=torch.channels_last)
         self.z = self.images(4, *case.out_shape)
         self.dy = self.images(3, *case.out_shape)
         self.residual = self.images(4, *case.out_shape)
@@ -232,15 +237,19 @@ def test_statistics_of_many_images(target: Target) -> None:
 
 
 def assert_statistics_of_both(target: Target, groups: int, z: Tensor) -> None:
-    """z by itself, and the same through a convolution's epilogue: one tap, one channel each."""
+    """z by itself, and the same through a convolution's epilogue: one tap, one channel each.
+
+    The one tap gives z back up to rounding: F(2, 3) sums neighbours before it tells them apart.
+    """
     assert_statistics(target, z.double(), *target.module.batch_stats(z))
     n, k, h, w = z.shape
     target.require(Case(n, k, h, w, groups=groups))
     weight = torch.zeros(k, k // groups, 3, 3).to(z)
     weight[torch.arange(k), torch.arange(k) % (k // groups), 1, 1] = 1
     copied, mean, var = target.module.conv_stats(z, weight, groups=groups)
-    assert torch.equal(copied, z)
-    assert_statistics(target, z.double(), mean, var)
+    rounding = 3 * torch.finfo(torch.float32).eps + torch.finfo(z.dtype).eps
+    assert ((copied.double() - z.double()).abs() <= rounding * z.double().abs().max()).all()
+    assert_statistics(target, copied.double(), mean, var)
 
 
 @each_case
@@ -319,6 +328,7 @@ def test_conv_backward(case: Case, target: Target) -> None:
                 assert_exactly(f"dx, {name}", dx, truth[0], target.dtype, peer[0])
                 assert_channels_last("dx", dx)
             if need_dweight:
+                assert weight_format(dweight) == weight_format(t.weight)
                 assert_exactly(f"dweight, {name}", dweight, truth[1], target.dtype, peer[1])
 
 

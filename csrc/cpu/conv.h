@@ -93,9 +93,9 @@ void stage_gradient(const Staged& to, const ConvProblem& p, int64_t channel, int
 }
 
 // ---- weights
-// to[j][lane] = from(lane)[j] for j < count; lanes from `lanes` on become zero.
-template <class T, class F>
-RK_INLINE void transpose_rows(int lanes, int64_t count, F&& from, float* to) {
+// Hands vector j of from(lane)[j] over the lanes to to(j), for j < count in order; lanes from `lanes` on are zero.
+template <class T, class F, class G>
+RK_INLINE void transpose_rows(int lanes, int64_t count, F&& from, G&& to) {
   for (int64_t j = 0; j < count; j += kLanes) {
     const int64_t n = min(kLanes, count - j);
     Vec rows[kLanes];
@@ -104,23 +104,46 @@ RK_INLINE void transpose_rows(int lanes, int64_t count, F&& from, float* to) {
       if (lane < lanes) rows[lane] = n == kLanes ? load(from(lane) + j) : load_partial(from(lane) + j, (int)n);
     }
     transpose(rows);
-    for (int64_t i = 0; i < n; ++i) store(to + (j + i) * kLanes, rows[i]);
+    for (int64_t i = 0; i < n; ++i) store(to(j + i), rows[i]);
   }
 }
 
-// One block, forward: lanes are output channels, a lane's row is weight[k].
+// One block as [ci][tap][lane], forward: lanes are output channels, a lane's row is weight[k].
 template <class T>
 void pack_block(const ConvProblem& p, const Block& block, int64_t group, const T* weight, float* packed) {
-  const int64_t row = p.din() * 9;
+  const int64_t din = p.din(), row = din * 9;
   const T* first = weight + (group * p.dout() + block.out) * row;
-  transpose_rows<T>(
-      block.lanes, row, [&](int64_t lane) { return first + lane * row; }, packed);
+  const auto from = [&](int64_t lane) { return first + lane * row; };
+  if (!p.weight_channels_last) {
+    transpose_rows<T>(block.lanes, row, from, [&](int64_t j) { return packed + j * kLanes; });
+    return;
+  }
+  int64_t ci = 0, tap = 0;
+  transpose_rows<T>(block.lanes, row, from, [&](int64_t) {
+    float* to = packed + (ci * 9 + tap) * kLanes;
+    if (++ci == din) ci = 0, ++tap;
+    return to;
+  });
 }
 
-// One block, transposed: lanes are input channels of the convolution, the sum runs over its output channels.
+// One block as [k][tap][lane], transposed: lanes are input channels of the convolution, the sum runs over its output
+// channels.
 template <class T>
 void pack_transposed_block(const ConvProblem& p, const Block& block, int64_t group, const T* weight, float* packed) {
   const int64_t din = p.din(), dout = p.dout();
+  if (p.weight_channels_last) {  // the lanes of a group lie side by side
+    for (int64_t j = 0; j < dout * 9; ++j) store(packed + j * kLanes, Vec{});
+    for (int64_t lane = 0, n; lane < block.lanes; lane += n) {
+      const int64_t channel = block.out + lane;
+      n = min(din - channel % din, block.lanes - lane);
+      const T* from = weight + (group + channel / din) * dout * din * 9 + channel % din;
+      for (int64_t j = 0; j < dout * 9; ++j) {
+        float* to = packed + j * kLanes + lane;
+        n == kLanes ? store(to, load(from + j * din)) : store_partial(to, load_partial(from + j * din, (int)n), (int)n);
+      }
+    }
+    return;
+  }
   const T* first[kLanes];  // the nine taps to output channel 0 of the lane's group
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     const int64_t channel = block.out + lane;
@@ -128,7 +151,8 @@ void pack_transposed_block(const ConvProblem& p, const Block& block, int64_t gro
   }
   for (int64_t k = 0; k < dout; ++k)
     transpose_rows<T>(
-        block.lanes, 9, [&](int64_t lane) { return first[lane] + k * din * 9; }, packed + k * 9 * kLanes);
+        block.lanes, 9, [&](int64_t lane) { return first[lane] + k * din * 9; },
+        [&](int64_t tap) { return packed + (k * 9 + tap) * kLanes; });
 }
 
 // A chunk's blocks. At stride 1 the transposed convolution is a convolution with the taps of a row reversed.
@@ -581,7 +605,7 @@ inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int6
   }
 }
 
-// Sums the splits' packed dweight of a chunk and writes it as OIHW; of Winograd's M if `winograd`.
+// Sums the splits' packed dweight of a chunk and writes it as the weight lies; of Winograd's M if `winograd`.
 template <class T>
 void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool winograd, const Plan& plan, int64_t chunk,
                            const float* packed, int64_t split_floats, T* dweight) {
@@ -600,7 +624,8 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool wino
         for (int64_t kx = 0; kx < 3; ++kx) {
           T converted[kLanes];
           store(converted, sums[kx]);
-          for (int lane = 0; lane < block.lanes; ++lane) to[(lane * din + ci) * 9 + ky * 3 + kx] = converted[lane];
+          T* const at = to + (p.weight_channels_last ? (ky * 3 + kx) * din + ci : ci * 9 + ky * 3 + kx);
+          for (int lane = 0; lane < block.lanes; ++lane) at[lane * din * 9] = converted[lane];
         }
       }
     }

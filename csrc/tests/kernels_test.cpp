@@ -416,6 +416,16 @@ Expected weight_gradient(const ConvProblem& p, const Terms& dz, const Terms& a) 
   return result;
 }
 
+// OIHW values in the order in which the problem stores weights.
+vector<double> as_stored(const ConvProblem& p, const vector<double>& oihw) {
+  if (!p.weight_channels_last) return oihw;
+  vector<double> ohwi(oihw.size());
+  for (int64_t k = 0; k < p.K; ++k)
+    for (int64_t i = 0; i < p.din(); ++i)
+      for (int64_t tap = 0; tap < 9; ++tap) ohwi[(k * 9 + tap) * p.din() + i] = oihw[(k * p.din() + i) * 9 + tap];
+  return ohwi;
+}
+
 // y = relu(scale * z + shift + residual_scale * residual + residual_shift)
 Expected normalized(const Expected& z, const Vectors& bn, const vector<double>& residual, const Vectors* residual_bn) {
   Expected y(z.value.size());
@@ -502,8 +512,8 @@ void test_convolution(const ConvProblem& p, bool poison = false) {
   for (double& value : y) value = relu(value);
   const vector<double> a = uniform(DType::f32, p.K), b = uniform(DType::f32, p.K), c = uniform(DType::f32, p.K);
 
-  Tensor x_tensor(p.dtype, x), dy_tensor(p.dtype, dy), weight_tensor(p.dtype, weight), z_tensor(p.dtype, z),
-      y_tensor(p.dtype, y), residual_tensor(p.dtype, residual), scale(DType::f32, bn.scale),
+  Tensor x_tensor(p.dtype, x), dy_tensor(p.dtype, dy), weight_tensor(p.dtype, as_stored(p, weight)),
+      z_tensor(p.dtype, z), y_tensor(p.dtype, y), residual_tensor(p.dtype, residual), scale(DType::f32, bn.scale),
       shift(DType::f32, bn.shift), in_scale(DType::f32, prologue.scale), in_shift(DType::f32, prologue.shift),
       a_tensor(DType::f32, a), b_tensor(DType::f32, b), c_tensor(DType::f32, c);
   Tensor out(p.dtype, z_count), mean(DType::f32, p.K), var(DType::f32, p.K), dx(p.dtype, x_count),
@@ -561,7 +571,10 @@ void test_convolution(const ConvProblem& p, bool poison = false) {
       if (mask == 2) inputs.y = y;
       const Terms dz = gradient(inputs);
       const Expected expected_dx = data_gradient(p, dz, weight);
-      const Expected expected_dweight = weight_gradient(p, dz, activated);
+      const Expected dweight_oihw = weight_gradient(p, dz, activated);
+      Expected expected_dweight;
+      expected_dweight.value = as_stored(p, dweight_oihw.value);
+      expected_dweight.bound = as_stored(p, dweight_oihw.bound);
       ReluBNGradient bn_gradient;
       bn_gradient.dy = dy_tensor.data();
       if (mask != 0)
@@ -765,6 +778,7 @@ vector<ConvProblem> problems() {
     list.push_back({2, 5, 6, 10, 6, 2, 5, 3, dtype});
     list.push_back({0, 5, 6, 8, 8, 2, 1, 1, dtype});
   }
+  for (size_t i = 0; i < list.size(); ++i) list[i].weight_channels_last = i % 5 < 2;
   return list;
 }
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem
+from ..problem import ConvProblem, weight_format
 
 try:
     from .. import _C
@@ -42,10 +42,17 @@ def why_not(problem: ConvProblem) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _problem(
-    shape: tuple[int, int, int, int], k: int, groups: int, stride: int, dilation: int, dtype: int
+    shape: tuple[int, int, int, int],
+    k: int,
+    groups: int,
+    stride: int,
+    dilation: int,
+    dtype: torch.dtype,
+    weight_channels_last: bool,
 ) -> _C.ConvProblem:
     n, c, h, w = shape
-    return _C.ConvProblem(n, h, w, c, k, groups, stride, dilation, dtype)
+    code = _DTYPE_CODES[dtype]
+    return _C.ConvProblem(n, h, w, c, k, groups, stride, dilation, code, weight_channels_last)
 
 
 def _ptr(t: Tensor | None) -> int:
@@ -110,7 +117,7 @@ def _dense_conv_backward(
     )
     return (
         dx.contiguous(memory_format=torch.channels_last) if need_dx else None,
-        dweight.contiguous() if need_dweight else None,
+        dweight.contiguous(memory_format=weight_format(weight)) if need_dweight else None,
     )
 
 
@@ -137,7 +144,7 @@ def conv_affine_relu(
         return z
     y = _out(x, k, stride)
     _C.conv_affine_relu(
-        _problem(tuple(x.shape), k, groups, stride, dilation, _DTYPE_CODES[x.dtype]),
+        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype, not weight.is_contiguous()),
         x.data_ptr(),
         weight.data_ptr(),
         scale.data_ptr(),
@@ -168,7 +175,7 @@ def conv_stats(
     z = _out(x, k, stride)
     mean, var = _vector(z, k * stats), _vector(z, k * stats)
     _C.conv_stats(
-        _problem(tuple(x.shape), k, groups, stride, dilation, _DTYPE_CODES[x.dtype]),
+        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype, not weight.is_contiguous()),
         x.data_ptr(),
         weight.data_ptr(),
         *_ptrs(prologue),
@@ -318,10 +325,18 @@ def conv_backward(
             dz, x, weight, prologue, stride, dilation, need_dx, need_dweight
         )
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
-    dweight = torch.empty(weight.shape, dtype=weight.dtype) if need_dweight else None
+    dweight = torch.empty_like(weight) if need_dweight else None
     z, scale, shift, a, b, c = bn or (None,) * 6
     _C.conv_backward(
-        _problem(tuple(x.shape), weight.shape[0], groups, stride, dilation, _DTYPE_CODES[x.dtype]),
+        _problem(
+            tuple(x.shape),
+            weight.shape[0],
+            groups,
+            stride,
+            dilation,
+            x.dtype,
+            not weight.is_contiguous(),
+        ),
         dy.data_ptr(),
         _ptr(z),
         _ptr(scale),

@@ -1,9 +1,10 @@
 """The contract of every backend, in plain ATen: the executable specification.
 
-x, z, y, dy and the like are (N, C, H, W), dense in torch.channels_last; weight is (K, C/G, 3, 3),
-contiguous. Vectors (scale, shift, mean, ...) have one element a channel, in float32 (float64 for
-float64 tensors). `prologue=(in_scale, in_shift)`: the convolution reads
-relu(in_scale * x + in_shift) in place of x. M = N*H*W.
+x, z, y, dy and the like are (N, C, H, W), dense in torch.channels_last; weight and dweight are
+(K, C/G, 3, 3), dense, both contiguous or both in torch.channels_last. Vectors (scale, shift, mean,
+...) have one element a channel, in float32 (float64 for float64 tensors). With
+`prologue=(in_scale, in_shift)` the convolution reads relu(in_scale * x + in_shift) in place of x.
+M = N*H*W.
 
 Arithmetic on vectors and images is in the vectors' dtype; the convolution accumulates as ATen does.
 Any device, any floating-point dtype that torch's convolution has there, any batch.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem
+from ..problem import ConvProblem, weight_format
 
 NAME = "reference"
 
@@ -190,5 +191,5 @@ def conv_backward(
     )
     return (
         _nhwc(dx) if need_dx else None,
-        dweight.contiguous() if need_dweight else None,
+        dweight.contiguous(memory_format=weight_format(weight)) if need_dweight else None,
     )
