@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import (
     CASES,
     FEW,
+    TARGETS,
     Case,
     Inputs,
     Target,
@@ -250,6 +251,24 @@ def test_memory_format_of_the_result(
 
 
 # Values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("groups", "stride"), [(32, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    "target",
+    [t for t in TARGETS if t.backend == "cpu" and t.dtype == torch.float32],
+    ids=str,
+    indirect=True,
+)
+def test_results_larger_than_the_cache(groups: int, stride: int, target: Target) -> None:
+    """Large results are written past the cache, which is particular about addresses."""
+    c = 128 if groups == 32 else 96
+    case = Case(1, c, 161 * stride, 161 * stride, groups=groups, stride=stride)
+    target.require(case)
+    inputs = make_inputs(case, target.dtype, target.device)
+    assert inputs.dy.nbytes > 2**23
+    check(case, target, inputs, training=True)
+    check(case, target, inputs, training=False, residual=True, gradients=False)
 
 
 @few_cases

@@ -325,6 +325,13 @@ RK_INLINE void write_pixels(const Epilogue& epilogue, T* out, const T* residual,
   }
 }
 
+// Whether tiles can write past the cache: each of their vectors is a whole line.
+template <class T>
+bool streams_tiles(const T* out, int64_t pixels, const Blocks& blocks, int64_t groups) {
+  const bool whole_lines = blocks.dout * blocks.groups_per_block % kLanes == 0 && sizeof(T) * kLanes == 64;
+  return whole_lines && streams(out, pixels, groups * blocks.dout);
+}
+
 // Statistics of one block of channels over one unit: (count, mean, m2) of every tile, merged by Chan's update. Values
 // are taken relative to the first tile's mean, so that a mean large against the deviation costs nothing.
 struct BlockStatistics {
@@ -377,7 +384,7 @@ struct ForwardSink {
   double *means, *m2s;
   Window window;
   double pixels = 0;  // of the units before
-  bool past_cache = sizeof(T) * kLanes == 64 && streams(out, p.N* p.out_h() * p.out_w(), p.K);
+  bool past_cache = false;
 
   RK_INLINE int64_t at(const Block& block, int64_t row, int64_t column) const {
     return ((window.n * p.out_h() + row) * p.out_w() + column) * p.K + first_channel + block.out;
@@ -452,6 +459,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
       sink.m2s = m2s + split * p.K + group * p.dout();
       for (int64_t k = 0; k < groups * p.dout(); ++k) sink.means[k] = sink.m2s[k] = 0;
     }
+    sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), blocks, p.groups);
     bool item_finite = true;
     if constexpr (winograd)
       item_finite = pack_winograd_weight(p, blocks, false, group, groups, (const T*)weight, staged, packed);
@@ -639,7 +647,7 @@ struct InputGradientSink {
   T* dx;
   int64_t first_channel;
   Window window;
-  bool past_cache = sizeof(T) * kLanes == 64 && streams(dx, p.N* p.H* p.W, p.C);
+  bool past_cache = false;
 
   RK_INLINE T* at(const Block& block, int64_t row, int64_t column) const {
     return dx + ((window.n * p.H + row) * p.W + column) * p.C + first_channel + block.out;
@@ -726,6 +734,7 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
       return ahead;
     };
     InputGradientSink<T> sink{p, (T*)dx, x_channel, {}};
+    sink.past_cache = dx && streams_tiles((const T*)dx, p.N * p.H * p.W, backward, p.groups);
     for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
       const Window window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
       const Window own = sink.window = own_window(window, p);
