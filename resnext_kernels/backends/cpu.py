@@ -1,7 +1,8 @@
 """The compiled CPU kernels (csrc/cpu), behind the contract of `reference`.
 
 One group (a dense convolution) is what torch's own convolution, oneDNN, is made for: it is used for
-groups == 1, with BatchNorm and ReLU around it from the compiled kernels.
+groups == 1, with BatchNorm and ReLU around it from the compiled kernels, except where those compute
+with fewer multiplications and the weight is small (`_is_dense`).
 """
 
 from __future__ import annotations
@@ -80,6 +81,19 @@ def _m_and_c(z: Tensor) -> tuple[int, int]:
 
 # groups == 1: oneDNN's convolution -----------------------------------------------------------
 
+# C * K up to which the compiled kernels' F(2, 3) is faster than oneDNN: their loops reread the
+# weight, which has to stay in the cache. Measured at 64 (56x56), 128, 256 and 512 (7x7) channels.
+_FORWARD_LIMIT = 256 * 256
+_BACKWARD_LIMIT = 128 * 128
+
+
+def _is_dense(weight: Tensor, groups: int, stride: int, dilation: int, limit: int) -> bool:
+    """Whether this is a convolution for oneDNN."""
+    if groups != 1:
+        return False
+    fewer_multiplications = stride == 1 and dilation == 1 and _C.cpu_isa() == "avx512"
+    return not fewer_multiplications or weight.numel() > 9 * limit
+
 
 def _dense_conv(
     x: Tensor, weight: Tensor, prologue: Affine | None, stride: int, dilation: int
@@ -138,7 +152,7 @@ def conv_affine_relu(
 ) -> Tensor:
     """y = relu(scale * conv(x) + shift [+ residual])."""
     k = weight.shape[0]
-    if groups == 1:
+    if _is_dense(weight, groups, stride, dilation, _FORWARD_LIMIT):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         _normalize_relu(z, scale, shift, residual, None, z)
         return z
@@ -169,7 +183,7 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(x), and the mean and biased variance of its channels if `stats`."""
     k = weight.shape[0]
-    if groups == 1:
+    if _is_dense(weight, groups, stride, dilation, _FORWARD_LIMIT):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         return (z, *batch_stats(z)) if stats else (z, _vector(z, 0), _vector(z, 0))
     z = _out(x, k, stride)
@@ -319,7 +333,7 @@ def conv_backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
-    if groups == 1:
+    if _is_dense(weight, groups, stride, dilation, _BACKWARD_LIMIT):
         dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
         return _dense_conv_backward(
             dz, x, weight, prologue, stride, dilation, need_dx, need_dweight
