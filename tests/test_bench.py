@@ -348,6 +348,23 @@ def test_beaten_floor_is_flagged() -> None:
     assert within["flags"] == []
 
 
+@pytest.mark.parametrize(
+    ("isa", "stride", "flagged"), [("avx512", 1, 0), ("avx512", 2, 1), ("avx2", 1, 1)]
+)
+def test_fewer_multiplications_have_a_floor_of_their_own(
+    isa: str, stride: int, flagged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Compute(NoFloor):
+        def floor_ms(self, flops: float, bytes_moved: int, dtype: str) -> float:
+            return flops / 1e6
+
+    monkeypatch.setattr(timing, "kernel_isa", lambda: isa)
+    row = made_row(replace(SMALL, stride=stride), ours=1.0, eager=2.0) | {"flops": 1.5e6}
+    row = sweep.finish(row, Compute(FAST))
+    assert row["share_of_floor"] == pytest.approx(1.5)
+    assert len(row["flags"]) == flagged
+
+
 def test_floor_is_the_larger_of_its_two_sides() -> None:
     roofline = timing.Roofline(FAST)
     roofline._best = {"flops float32": 100e9, **{f"bytes {2**20 * 4**i}": 10e9 for i in range(5)}}
