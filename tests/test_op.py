@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cases import (
     TARGETS,
     Case,
     Inputs,
+    Plain,
     Target,
     assert_as_exact_as_torch,
     conv2d,
@@ -44,8 +46,12 @@ def check(
     residual: bool = False,
     gradients: bool = True,
     momentum: float = 0.1,
+    conditioned: bool = False,
 ) -> None:
-    """Run the op once on `inputs` as they lie in memory; hold everything it gives to the truth."""
+    """Run the op once on `inputs` as they lie in memory; hold everything it gives to the truth.
+
+    With `conditioned` a result may also be off by as much as roundings of the inputs move it.
+    """
     tested = inputs.map(lambda t: t.detach())
     tested.running_mean, tested.running_var = (
         inputs.running_mean.clone(),
@@ -75,7 +81,9 @@ def check(
         "gradients": gradients,
     }
     truth, peer = plain(inputs.double(), case.conv, **args), plain(inputs, case.conv, **args)
-    assert_as_exact_as_torch("y", y, truth.y, peer.y, floor(target.dtype, largest(truth.y)))
+    moved = moved_by_rounding(case, inputs, truth, args) if conditioned else dict.fromkeys(MOVED, 0)
+    one_rounding = floor(target.dtype, largest(truth.y))
+    assert_as_exact_as_torch("y", y, truth.y, peer.y, one_rounding + moved["y"])
     for name in ("running_mean", "running_var"):
         running = getattr(tested, name)
         if not training or not case.n:
@@ -84,6 +92,7 @@ def check(
         # z is rounded to its dtype: a mean of M such terms is off by 1 / sqrt(M) of a rounding
         scale = momentum * largest(truth.z) ** (1 if name == "running_mean" else 2)
         rounding = floor(target.dtype, scale) / case.reduced**0.5 + floor(running.dtype, scale)
+        rounding += moved[name]
         assert_as_exact_as_torch(name, running, getattr(truth, name), getattr(peer, name), rounding)
     if not gradients:
         return
@@ -95,8 +104,39 @@ def check(
             gradient,
             truth.gradients[name],
             peer.gradients[name],
-            floors[name],
+            floors[name] + moved[name],
         )
+
+
+MOVED = ("y", "running_mean", "running_var", "x", "weight", "gamma", "beta", "residual")
+
+
+def moved_by_rounding(
+    case: Case, inputs: Inputs, truth: Plain, args: dict[str, Any]
+) -> dict[str, float]:
+    """How far the exact results move when each input moves by roundings, the most of four draws.
+
+    One rounding of its dtype for x and dy; for the weight, at least the sqrt(n) float32 roundings
+    that a sum of n products is equivalent to (Higham, Accuracy and Stability, 2002, section 3.1).
+    Torch's own error on one input can be smaller by luck.
+    """
+    dtype = inputs.x.dtype
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    products = (9 * case.c / case.groups) ** 0.5
+    units = {"x": torch.finfo(dtype).eps, "dy": torch.finfo(dtype).eps}
+    units["weight"] = max(units["x"], products * unit)
+    moved = dict.fromkeys(MOVED, 0.0)
+    for _ in range(4):
+        t = inputs.double()
+        for name, size in units.items():
+            value = getattr(t, name)
+            setattr(t, name, value * (1 + size * (2 * torch.rand_like(value) - 1)))
+        other = plain(t, case.conv, **args)
+        pairs = {name: (getattr(other, name), getattr(truth, name)) for name in MOVED[:3]}
+        pairs |= {name: (other.gradients[name], truth.gradients[name]) for name in truth.gradients}
+        for name, (a, b) in pairs.items():
+            moved[name] = max(moved[name], largest(a - b))
+    return moved
 
 
 @each_case
@@ -681,12 +721,14 @@ def any_case(draw: st.DrawFn) -> Case:
     seed=st.integers(0, 2**31),
 )
 def hold_anything(target, case, layout, training, residual, seed) -> None:
-    assume(case.reduced > 1 and target.module.why_not(target.problem(case)) is None)
+    # the deviation of a few pixels can be any part of their mean, to which roundings are relative
+    assume(case.reduced >= 16)
+    assume(target.module.why_not(target.problem(case)) is None)
     torch.manual_seed(seed)
     inputs = make_inputs(case, target.dtype, target.device)
     for name in ("x", "residual", "dy"):
         setattr(inputs, name, layout(getattr(inputs, name)))
-    check(case, target, inputs, training=training, residual=residual)
+    check(case, target, inputs, training=training, residual=residual, conditioned=True)
 
 
 def test_anything(target: Target) -> None:

@@ -39,7 +39,8 @@ constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
 constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
 
-inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W > 1; }
+// On narrower maps pairs save nothing: half of their products are with padding.
+inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
 
 // The vectors of a tensor with `d` channels per group, `other` on the convolution's other side.
 struct Slots {
