@@ -65,21 +65,33 @@ class TritonLaunch:
     args: tuple[Any, ...]
     meta: dict[str, Any]
 
+    @property
+    def _unspecialised(self) -> set[str]:
+        return {p.name for p in self.kernel.params if p.do_not_specialize}
+
+    @property
+    def _constant(self) -> list[bool]:
+        names = zip(self.kernel.arg_names, self.args, strict=False)
+        return [
+            a is None or (type(a) is int and a == 1 and name not in self._unspecialised)
+            for name, a in names
+        ]
+
     def compiled(self, backend: str = "cuda", arch: int | str = 80) -> Any:
         """What Triton's just-in-time compiler makes of it: same specialisation of arguments."""
         warps, stages = self.meta["warps"], self.meta["stages"]
         constants = {k: v for k, v in self.meta.items() if k not in ("warps", "stages")}
         signature: dict[str, str] = {}
         divisible = []
-        for name, arg in zip(self.kernel.arg_names, self.args, strict=False):
-            if arg is None or (type(arg) is int and arg == 1):
+        for name, arg, constant in zip(self.kernel.arg_names, self.args, self._constant, strict=False):
+            if constant:
                 constants[name] = arg
             elif isinstance(arg, Tensor):
                 signature[name] = "*" + _TRITON_TYPES[arg.dtype]
                 divisible.append(name)
             else:
                 signature[name] = "i32" if -(2**31) <= arg < 2**31 else "i64"
-                if arg % 16 == 0:
+                if arg % 16 == 0 and name not in self._unspecialised:
                     divisible.append(name)
         return _compiled(
             self.kernel,
@@ -94,7 +106,7 @@ class TritonLaunch:
 
     def runtime_args(self) -> list[Any]:
         """The arguments that are not constants of the compiled kernel."""
-        return [a for a in self.args if not (a is None or (type(a) is int and a == 1))]
+        return [a for a, constant in zip(self.args, self._constant, strict=True) if not constant]
 
 
 _TRITON_TYPES = {

@@ -25,7 +25,7 @@ packed with their neighbours into one block-diagonal tile, so that D = 4 wastes 
 TILES such tiles lie side by side in a program, one a warp: 64 channels of float16 are a 128-byte
 line. They are loaded as one (BLOCK_P, TILES*16) tile and multiplied as TILES batched products.
 
-`_conv_rows_kernel` (stride 1, groups up to 32 wide) walks BLOCK_P columns, numbered over (n, w),
+`_conv_rows_kernel` (stride 1, groups up to 16 wide) walks BLOCK_P columns, numbered over (n, w),
 down the image. A row of x is loaded once for each column shift, its product with the three taps
 of that column is one dot with 4 tiles of columns (a power of two; the fourth is zero), and each
 quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
@@ -57,7 +57,7 @@ try:
     import triton.language as tl
 except ImportError as error:
     _MISSING: str | None = f"Triton is missing ({error})"
-    _jit: Any = lambda function: function  # noqa: E731
+    _jit: Any = lambda function=None, **options: function or _jit  # noqa: E731
     _INTERPRETED = False
 else:
     _MISSING = None
@@ -84,6 +84,8 @@ def why_not(problem: ConvProblem) -> str | None:
         return f"tensors must be on {device!r}{mode}, not on {problem.device_type!r}"
     if problem.dtype not in _DTYPES:
         return f"dtype must be float32, bfloat16 or float16, not {problem.dtype}"
+    if _INTERPRETED and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers"
     if device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
@@ -128,7 +130,7 @@ def _pow2(n: int, low: int) -> int:
 
 # Rows that a program of `_conv_rows_kernel` walks at most: two more are loaded, so long walks are
 # cheap in traffic, but few programs leave the last wave of them half empty.
-_ROWS = 28
+_ROWS = 14
 
 
 def _conv_config(
@@ -145,19 +147,24 @@ def _conv_config(
     if by_rows and widest <= 16 and half:
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
-        p, stages = (16, 1) if gradient else (32, 2)
-        return Config(pack, src, dst, tiles, p, rows, 2, max(tiles, 2), stages)
-    if by_rows and widest == 32 and half:
-        # D = 24, 32: two rows' worth of weights would not fit into registers
-        return Config(pack, src, dst, tiles, 32, rows, 1, max(tiles, 2), 1)
+        unroll, stages = (1, 1) if gradient else (2, 2)
+        return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8
         return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    p = 64 if half else 32
+    exact = pack * src_d == src and pack * dst_d == dst
+    p = 64 if half else 16
+    if half and (gradient or not exact or widest > 32):  # more registers for addresses and vectors
+        p = 32
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
+
+
+# Of the weights. A stride known to be 1 makes the compiler load 8 elements a lane, and their way
+# through shared memory to the tensor cores is then full of bank conflicts (6-fold in the model).
+_UNKNOWN_STRIDES = ("stride_k", "stride_d")
 
 
 # Kernels: shared steps -----------------------------------------------------------------------
@@ -169,12 +176,14 @@ def _columns(
 ):
     """Channels of the columns of TILES tiles from `tile` on, and which exist; from `first` on."""
     f = tl.arange(0, TILES * WIDTH)
-    if PACK * D == WIDTH:
+    if PACK * D == WIDTH:  # side by side
         channel = tile * WIDTH + f
-        return channel, channel < limit
-    i = first + f % WIDTH
-    channel = (tile + f // WIDTH) * (PACK * D) + i
-    return channel, (i < PACK * D) & (channel < limit)
+        ok = channel < limit
+    else:
+        i = first + f % WIDTH
+        channel = (tile + f // WIDTH) * (PACK * D) + i
+        ok = (i < PACK * D) & (channel < limit)
+    return channel, ok
 
 
 @_jit
@@ -197,8 +206,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
         a = tl.reshape(a, (a.shape[1], a.shape[2]))
         b = tl.reshape(b, (b.shape[1], b.shape[2]))
         flat = tl.reshape(acc, (acc.shape[1], acc.shape[2]))
-        return tl.reshape(tl.dot(a, b, flat, input_precision=PRECISION), acc.shape)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.reshape(tl.dot(a, b, flat, input_precision=PRECISION), acc.shape)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @_jit
@@ -237,11 +248,11 @@ def _load_source(
         dz = _relu_gradient(x.to(tl.float32), before) * _vector(a_ptr, channel, ok)
         if b_ptr is not None:
             dz += z * _vector(b_ptr, channel, ok) + _vector(c_ptr, channel, ok)
-        return tl.where(mask, dz, 0.0).to(x.dtype)
-    if scale_ptr is not None:
+        x = tl.where(mask, dz, 0.0).to(x.dtype)
+    elif scale_ptr is not None:
         scale, shift = _vector(scale_ptr, channel, ok), _vector(shift_ptr, channel, ok)
         activation = _relu(x.to(tl.float32) * scale + shift)
-        return tl.where(mask, activation, 0.0).to(x.dtype)
+        x = tl.where(mask, activation, 0.0).to(x.dtype)
     return x
 
 
@@ -255,13 +266,14 @@ def _weights(
 
     TRANSPOSED: from channels out to channels in, as dx wants them.
     """
-    src = first_src + tl.arange(0, SRC)[None, :, None]
-    dst = first_dst + (tl.arange(0, tap.shape[0]) % DST)[None, None, :]
-    i, o = src, dst
+    src = first_src + tl.arange(0, SRC)
+    dst = first_dst + tl.arange(0, tap.shape[0]) % DST
     if TRANSPOSED:
-        i, o = dst, src
-    k = (tile + tl.arange(0, TILES)[:, None, None]) * (PACK * DOUT) + o
+        o, i = src[None, :, None], dst[None, None, :]
+    else:
+        i, o = src[None, :, None], dst[None, None, :]
     tap = tap[None, None, :]
+    k = (tile + tl.arange(0, TILES)[:, None, None]) * (PACK * DOUT) + o
     ok = (i // DIN == o // DOUT) & (i < PACK * DIN) & (o < PACK * DOUT) & (k < K) & (tap < 9)
     offset = k.to(tl.int64) * stride_k + (i % DIN) * stride_d + tap * stride_tap
     return tl.load(w_ptr + offset, mask=ok, other=0.0)
@@ -323,124 +335,15 @@ def _store_statistics(partial_ptr, program, K, mean, m2, valid, count, channel, 
 
 
 @_jit
-def _conv_rows(
-    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-    scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr,
-    N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
-    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
-    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, GROUPWISE: tl.constexpr,
-):  # fmt: skip
-    """The program of `_conv_rows_kernel`; returns whether a result was not finite."""
-    SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
-    DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
-    tile = tl.program_id(0) * TILES
-    src, src_ok = _columns(tile, 0, SRC_C, SRC_D, PACK, SRC, TILES)
-    dst, dst_ok = _columns(tile, 0, DST_C, DST_D, PACK, DST, TILES)
-    column = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    column_ok = column < N * W
-    n = (column // W).to(tl.int64)
-    w = column % W
-    first = tl.program_id(2) * rows
-    last = tl.minimum(first + rows, H)  # output rows first to last - 1
-    pixel = (n * H + first - 1) * W + w  # of the input row; int64
-
-    quarter = tl.arange(0, 4 * DST) // DST  # kh, turned round in dx; the fourth is no tap
-    weights = ()
-    for kw in tl.static_range(3):
-        tap = tl.where(quarter < 3, (2 - quarter) * 3 + 2 - kw if TRANSPOSED else quarter * 3 + kw, 9)
-        weights += (
-            _weights(
-                w_ptr, tile, 0, 0, tap, K, stride_k, stride_d, stride_tap,
-                DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
-            ),
-        )  # fmt: skip
-
-    zero = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
-    upper = zero  # what rows above have given to output rows h - 1 and h
-    middle = zero
-    odd = zero  # NaN where a result was not finite
-    mean = zero
-    m2 = zero
-    for turn in range(first - 1, last + 1, UNROLL):
-        for u in tl.static_range(UNROLL):
-            h = turn + u
-            row_ok = column_ok & (h >= 0) & (h < H)
-            d = tl.zeros((TILES, BLOCK_P, 4 * DST), tl.float32)
-            for kw in tl.static_range(3):
-                inside = row_ok & (w + (kw - 1) >= 0) & (w + (kw - 1) < W)
-                x = _load_source(
-                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
-                    (pixel + (kw - 1))[:, None] * SRC_C + src[None, :],
-                    inside[:, None] & src_ok[None, :], src, src_ok,
-                )  # fmt: skip
-                x = _split(x, TILES)
-                if GROUPWISE:
-                    d = _dot_groups(x, weights[kw], d, SRC_D, DST_D, DST, PACK, PRECISION)
-                else:
-                    d = _dot(x, weights[kw], d, PRECISION)
-            lower, same, above = _thirds(d, DST)
-            if (h > first) & (h <= last):  # row h - 1 is complete
-                result = upper + above
-                odd += result * 0.0
-                _store_result(
-                    out_ptr, (pixel - W)[:, None] * DST_C + dst[None, :],
-                    column_ok[:, None] & dst_ok[None, :], _join(result),
-                    scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
-                )  # fmt: skip
-                if partial_ptr is not None:
-                    off = result - mean
-                    mean += off / (h - first)
-                    m2 += off * (result - mean)
-            upper = middle + same
-            middle = lower
-            pixel += W
-    if partial_ptr is not None:
-        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-        _store_statistics(
-            partial_ptr, program, DST_C, _join(mean), _join(m2), column_ok, (last - first) * 1.0,
-            dst, dst_ok,
-        )  # fmt: skip
-    return tl.max((odd != odd).to(tl.int32)) > 0
-
-
-@_jit
-def _conv_rows_kernel(
-    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-    scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr,
-    N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
-    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
-    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Stride 1. Programs: (tiles / TILES, N*W / BLOCK_P, H / rows)."""
-    odd = _conv_rows(
-        x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-        scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr,
-        N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
-        DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, UNROLL, TRANSPOSED, PRECISION, False,
-    )  # fmt: skip
-    if PACK > 1:
-        if odd:
-            tl.debug_barrier()  # the first results are written
-            _conv_rows(
-                x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-                scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr,
-                N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
-                DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, 1, TRANSPOSED, PRECISION, True,
-            )  # fmt: skip
-
-
-@_jit
 def _conv(
     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-    N, SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
+    SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
     tile, first_dst, n, h, w, pixel_ok,
     DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
     DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, GROUPWISE: tl.constexpr,
 ):  # fmt: skip
-    """(TILES, BLOCK_P, DST): the convolution at the pixels n, h, w.
+    """(TILES, BLOCK_P, DST): the convolution at the pixels n, h, w; GROUPWISE: see `_dot_groups`.
 
     Forward reads row h*stride + (kh - 1)*dilation for tap kh; dx reads the row of dz of which h is
     that row: (h - (kh - 1)*dilation) / stride, if it is one.
@@ -488,6 +391,106 @@ def _conv(
     return acc
 
 
+@_jit(do_not_specialize=_UNKNOWN_STRIDES)
+def _conv_rows_kernel(
+    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+    scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr,
+    N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
+    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stride 1. Programs: (tiles / TILES, N*W / BLOCK_P, H / rows)."""
+    SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
+    DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    tile = tl.program_id(0) * TILES
+    src, src_ok = _columns(tile, 0, SRC_C, SRC_D, PACK, SRC, TILES)
+    dst, dst_ok = _columns(tile, 0, DST_C, DST_D, PACK, DST, TILES)
+    column = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    column_ok = column < N * W
+    n = (column // W).to(tl.int64)
+    w = column % W
+    first = tl.program_id(2) * rows
+    last = tl.minimum(first + rows, H)  # output rows first to last - 1
+    pixel = (n * H + first - 1) * W + w  # of the input row; int64
+
+    quarter = tl.arange(0, 4 * DST) // DST  # kh, turned round in dx; the fourth is no tap
+    weights = ()
+    for kw in tl.static_range(3):
+        tap = tl.where(quarter < 3, (2 - quarter) * 3 + 2 - kw if TRANSPOSED else quarter * 3 + kw, 9)
+        weights += (
+            _weights(
+                w_ptr, tile, 0, 0, tap, K, stride_k, stride_d, stride_tap,
+                DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
+            ),
+        )  # fmt: skip
+
+    zero = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
+    upper = zero  # what rows above have given to output rows h - 1 and h
+    middle = zero
+    odd = tl.zeros((TILES, BLOCK_P), tl.float32)  # NaN where a result was not finite
+    mean = zero
+    m2 = zero
+    for turn in range(first - 1, last + 1, UNROLL):
+        for u in tl.static_range(UNROLL):
+            h = turn + u
+            row_ok = column_ok & (h >= 0) & (h < H)
+            d = tl.zeros((TILES, BLOCK_P, 4 * DST), tl.float32)
+            for kw in tl.static_range(3):
+                inside = row_ok & (w + (kw - 1) >= 0) & (w + (kw - 1) < W)
+                x = _load_source(
+                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
+                    (pixel + (kw - 1))[:, None] * SRC_C + src[None, :],
+                    inside[:, None] & src_ok[None, :], src, src_ok,
+                )  # fmt: skip
+                x = _split(x, TILES)
+                d = _dot(x, weights[kw], d, PRECISION)
+            lower, same, above = _thirds(d, DST)
+            if (h > first) & (h <= last):  # row h - 1 is complete
+                result = upper + above
+                if PACK > 1:
+                    odd += tl.sum(result * 0.0, 2)
+                _store_result(
+                    out_ptr, (pixel - W)[:, None] * DST_C + dst[None, :],
+                    column_ok[:, None] & dst_ok[None, :], _join(result),
+                    scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
+                )  # fmt: skip
+                if partial_ptr is not None:
+                    off = result - mean
+                    mean += off / (h - first)
+                    m2 += off * (result - mean)
+            upper = middle + same
+            middle = lower
+            pixel += W
+    if PACK > 1:
+        if tl.max((odd != odd).to(tl.int32)) > 0:
+            tl.debug_barrier()  # what follows is written over what was written above
+            mean = zero
+            m2 = zero
+            for h in range(first, last):
+                result = _conv(
+                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+                    H, W, SRC_C, K, stride_k, stride_d, stride_tap, 1, 1,
+                    tile, 0, n, h + tl.zeros_like(w), w, column_ok,
+                    DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PRECISION, True,
+                )  # fmt: skip
+                _store_result(
+                    out_ptr, ((n * H + h) * W + w)[:, None] * DST_C + dst[None, :],
+                    column_ok[:, None] & dst_ok[None, :], _join(result),
+                    scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
+                )  # fmt: skip
+                if partial_ptr is not None:
+                    off = result - mean
+                    mean += off / (h + 1 - first)
+                    m2 += off * (result - mean)
+    if partial_ptr is not None:
+        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        _store_statistics(
+            partial_ptr, program, DST_C, _join(mean), _join(m2), column_ok, (last - first) * 1.0,
+            dst, dst_ok,
+        )  # fmt: skip
+
+
 @_jit
 def _conv_kernel(
     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
@@ -516,7 +519,7 @@ def _conv_kernel(
     n = n.to(tl.int64)
     acc = _conv(
         x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-        N, SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
+        SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
         tile, first_dst, n, h, w, pixel_ok,
         DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PRECISION, False,
     )  # fmt: skip
@@ -524,7 +527,7 @@ def _conv_kernel(
         if tl.max((acc * 0.0 != 0.0).to(tl.int32)) > 0:
             acc = _conv(
                 x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-                N, SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
+                SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
                 tile, first_dst, n, h, w, pixel_ok,
                 DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PRECISION, True,
             )  # fmt: skip
@@ -544,15 +547,16 @@ def _conv_kernel(
 def _dweight_kernel(
     dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
     x_ptr, in_scale_ptr, in_shift_ptr, partial_ptr,
-    N, X_H, X_W, H, W, C, K, blocks, stride, dilation,
+    N, X_H, X_W, H, W, C, K, rows, splits, stride, dilation,
     DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
     DST: tl.constexpr, SRC_CHUNKS: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, tap, k, d]. Programs: (tiles * SRC_CHUNKS * DST_CHUNKS / TILES, 3, splits).
+    """partial[s, tap, k, d]. Programs: (tiles * SRC_CHUNKS * DST_CHUNKS / TILES, 3, columns / BLOCK_P * splits).
 
-    A program takes one kh and `blocks` blocks of BLOCK_P output pixels. The x of its three taps are
-    one tile with 4 times as many columns, the fourth zero: one dot, dz is loaded once.
+    A program takes one kh and walks BLOCK_P columns (n, w) down `rows` rows of dz. The x of its
+    three taps are one tile with 4 times as many columns, the fourth zero: one dot, dz is loaded
+    once.
     """
     chunk = tl.program_id(0) % (SRC_CHUNKS * DST_CHUNKS)
     tile = tl.program_id(0) // (SRC_CHUNKS * DST_CHUNKS) * TILES
@@ -566,27 +570,32 @@ def _dweight_kernel(
     i = first_src + f % SRC
     src = (tile + f // (4 * SRC)) * (PACK * DIN) + i
     src_ok = (i < PACK * DIN) & (src < C) & (kw < 3)
-    right = (kw - 1) * dilation
+    column = tl.program_id(2) // splits * BLOCK_P + tl.arange(0, BLOCK_P)
+    column_ok = column < N * W
+    n = (column // W).to(tl.int64)
+    w = column % W
+    x_w = w[:, None] * stride + ((kw - 1) * dilation)[None, :]
+    x_ok = column_ok[:, None] & src_ok[None, :] & (x_w >= 0) & (x_w < X_W)
+    dz_ok = column_ok[:, None] & dst_ok[None, :]
+    first = tl.program_id(2) % splits * rows
+    x_h = first * stride + (kh - 1) * dilation
+    x_offset = ((n * X_H + x_h) * X_W)[:, None] * C + (x_w * C + src[None, :])
+    dz_offset = ((n * H + first) * W + w)[:, None] * K + dst[None, :]
     acc = tl.zeros((TILES, DST, 4 * SRC), tl.float32)
-    begin = tl.program_id(2) * blocks
-    for block in range(begin, tl.minimum(begin + blocks, tl.cdiv(N * H * W, BLOCK_P))):
-        p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        ok = p < N * H * W
+    for _ in range(first, tl.minimum(first + rows, H)):
         dz = _load_source(
             dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
-            p.to(tl.int64)[:, None] * K + dst[None, :], ok[:, None] & dst_ok[None, :], dst, dst_ok,
+            dz_offset, dz_ok, dst, dst_ok,
         )  # fmt: skip
-        n = (p // (H * W)).to(tl.int64)
-        x_h = p // W % H * stride + (kh - 1) * dilation
-        x_w = (p % W * stride)[:, None] + right[None, :]
-        inside = (ok & (x_h >= 0) & (x_h < X_H))[:, None] & (x_w >= 0) & (x_w < X_W)
         x = _load_source(
             x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None,
-            (((n * X_H + x_h) * X_W)[:, None] + x_w) * C + src[None, :],
-            inside & src_ok[None, :], src, src_ok,
+            x_offset, x_ok & (x_h >= 0) & (x_h < X_H), src, src_ok,
         )  # fmt: skip
         dz = tl.permute(_split(dz, TILES), (0, 2, 1))
         acc = _dot(dz, _split(x, TILES), acc, PRECISION)
+        x_h += stride
+        x_offset += (stride * X_W).to(tl.int64) * C
+        dz_offset += W.to(tl.int64) * K
     o = first_dst + tl.arange(0, DST)[None, :, None]
     g = tl.arange(0, 4 * SRC)[None, None, :]
     i = first_src + g % SRC
@@ -760,16 +769,18 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
-def _strided(weight: Tensor, config: Config) -> tuple[Tensor, tuple[int, int, int]]:
+def _strided(weight: Tensor, transposed: bool) -> tuple[Tensor, tuple[int, int, int]]:
     """The weight, and its strides for k, d and the tap.
 
-    Wide groups are read in rows of d: one copy first, (3, 3, K, D). Narrow ones are gathered as
-    they are, once a program.
+    From 8 channels a group on they are read in rows of the destination's channels: one copy first,
+    (3, 3, D, K), for dx (3, 3, K, D). Narrower ones are gathered as they are, once a program.
     """
     k, d, _, _ = weight.shape
-    if max(config.src_width, config.dst_width) < 32:
+    if d < 8:
         return weight, (9 * d, 9, 1)
-    return weight.permute(2, 3, 0, 1).contiguous(), (d, 1, k * d)
+    if transposed:
+        return weight.permute(2, 3, 0, 1).contiguous(), (d, 1, k * d)
+    return weight.permute(2, 3, 1, 0).contiguous(), (1, k, k * d)
 
 
 def _split_blocks(blocks: int, programs: int) -> tuple[int, int]:
@@ -807,7 +818,7 @@ def _convolve(
     src_d, dst_d = (dout, din) if transposed else (din, dout)
     by_rows = stride == dilation == 1
     config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, gradient[0] is not None)
-    weight, strides = _strided(weight, config)
+    weight, strides = _strided(weight, transposed)
     z, y, scale, shift, a, b, c = gradient
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
     meta = {
@@ -1048,17 +1059,19 @@ def _dweight(
     src, dst = config.src_width, min(config.dst_width, 32)
     src_chunks = triton.cdiv(config.pack * din, src)
     dst_chunks = triton.cdiv(config.pack * dout, dst)
-    tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
+    # 32-wide products are shared by four warps: the sums of 4*32 columns fill their registers
+    block_p, width = 32, config.tiles if max(src, dst) <= 16 else 1
+    tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
     programs = tiles * src_chunks * dst_chunks
-    block_p = 32
-    splits, each = _split_blocks(triton.cdiv(n * h * w, block_p), programs * 3)
-    partial = x.new_empty((splits, 9, k, din), dtype=torch.float32)
+    columns = triton.cdiv(n * w, block_p)
+    splits, rows = _split_blocks(h, programs * 3 * columns)
+    partial = x.new_empty((columns * splits, 9, k, din), dtype=torch.float32)
     in_scale, in_shift = (None, None) if prologue is None else prologue
     _launch(
         _dweight_kernel,
-        (programs, 3, splits),
+        (programs, 3, columns * splits),
         *(dy, *gradient, x, in_scale, in_shift, partial),
-        *(n, x_h, x_w, h, w, c, k, each, stride, dilation),
+        *(n, x_h, x_w, h, w, c, k, rows, splits, stride, dilation),
         DIN=din,
         DOUT=dout,
         PACK=config.pack,
@@ -1066,10 +1079,10 @@ def _dweight(
         DST=dst,
         SRC_CHUNKS=src_chunks,
         DST_CHUNKS=dst_chunks,
-        TILES=config.tiles,
+        TILES=width,
         BLOCK_P=block_p,
         PRECISION=_precision(x.dtype),
-        warps=config.warps,
+        warps=width if width > 1 else 4,
         stages=1,
     )
     dweight = torch.empty_like(weight)
