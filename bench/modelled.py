@@ -1,8 +1,8 @@
-"""What the GPU kernels would do, from their compiled PTX run by an emulator: modelled, not measured.
+"""What the GPU kernels would do, from their compiled PTX in an emulator: modelled, not measured.
 
 `python -m bench.modelled` runs every 3x3 layer of ResNeXt-50 32x4d through a backend's own
-launchers, on CPU tensors, with each kernel that they launch compiled for sm_80 and run by ptxemu, a
-PTX emulator beside the repository in some checkouts. It counts sectors, wavefronts, bank conflicts
+launchers, on CPU tensors, with each kernel that they launch compiled for sm_80 and run by ptxemu,
+a PTX emulator beside the repository in some checkouts. It counts sectors, wavefronts, bank conflicts
 and tensor-core work, and gives a lower bound on time, the busiest of the resources of a GPU; latency
 is not modelled. The floor of a pass is the time that memory takes for its compulsory bytes:
 
@@ -25,7 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,7 +83,9 @@ class TritonLaunch:
         constants = {k: v for k, v in self.meta.items() if k not in ("warps", "stages")}
         signature: dict[str, str] = {}
         divisible = []
-        for name, arg, constant in zip(self.kernel.arg_names, self.args, self._constant, strict=False):
+        for name, arg, constant in zip(
+            self.kernel.arg_names, self.args, self._constant, strict=False
+        ):
             if constant:
                 constants[name] = arg
             elif isinstance(arg, Tensor):
@@ -140,15 +142,13 @@ def _compiled(
         attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
-    return triton.compile(
-        source, target=target, options={"num_warps": warps, "num_stages": stages}
-    )
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
 @contextmanager
 def triton_launches(run: Callable[[TritonLaunch], None]) -> Iterator[None]:
     """Hand each launch of the Triton backend to `run` in place of the GPU."""
-    backend = importlib.import_module("resnext_kernels.backends.triton")
+    backend: Any = importlib.import_module("resnext_kernels.backends.triton")
     original = backend._launch
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -304,7 +304,7 @@ def compulsory_bytes(problem: ConvProblem, name: str) -> int:
 
 def assert_right(name: str, t: Tensors, results: list[Tensor]) -> None:
     """Each result is within a few roundings of its dtype, on its scale, of the float32 reference."""
-    exact = Tensors(t.x.float(), t.weight.float(), *[t.scale, t.shift], t.z.float(), t.dy.float(), t.conv)
+    exact = replace(t, x=t.x.float(), weight=t.weight.float(), z=t.z.float(), dy=t.dy.float())
     for i, (found, truth) in enumerate(zip(results, run_pass(reference, name, exact), strict=True)):
         eps = torch.finfo(t.x.dtype).eps
         error = (found.float() - truth).abs().max().item()
@@ -314,18 +314,21 @@ def assert_right(name: str, t: Tensors, results: list[Tensor]) -> None:
 
 
 def layer_rows(backend: str, problem: ConvProblem, passes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One row for each pass of a layer."""
+    """One row for each pass of a layer, and one of the plain Triton convolution in eval."""
     import ptxemu
 
-    module = importlib.import_module(f"resnext_kernels.backends.{backend}")
+    ours = importlib.import_module(f"resnext_kernels.backends.{backend}")
+    plain = importlib.import_module("bench.plain_triton")
     rows = []
-    for name in passes:
+    for who, module, name in [*((backend, ours, p) for p in passes), ("plain", plain, "eval")]:
+        if name not in passes:
+            continue
         torch.manual_seed(0)
         t = Tensors.of(problem)
-        with EMULATED[backend]() as kernels:
+        with EMULATED.get(who, emulated_triton)() as kernels:
             results = run_pass(module, name, t)
         assert_right(name, t, results)
-        rows.append(pass_row(problem, name, kernels, ptxemu.GPUS))
+        rows.append({"kernels of": who} | pass_row(problem, name, kernels, ptxemu.GPUS))
     return rows
 
 
@@ -378,14 +381,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:
+        who = "" if r["kernels of"] != "plain" else ", plain Triton"
         name = f"{r['h']}, C={r['c']}, {r['groups']}x{r['d']}, stride {r['stride']}"
         ratios = []
         for gpu in GPUS:
             g = r["gpus"][gpu]
-            missed = "" if g["ratio"] <= g["bar"] else f" (bar {g['bar']})"
+            missed = "" if who or g["ratio"] <= g["bar"] else f" (bar {g['bar']})"
             ratios.append(f"{g['ratio']:.2f}{missed}")
         lines.append(
-            f"| {name} | {r['pass']} | {r['launches']} | {r['dram_ratio']:.2f} "
+            f"| {name} | {r['pass']}{who} | {r['launches']} | {r['dram_ratio']:.2f} "
             f"| {r['sector_ratio']:.2f} | {r['shared_conflicts']:.2f} "
             f"| {r['tensor_core_waste']:.1f} | {' | '.join(ratios)} |"
         )
@@ -411,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
             args.batch, h, h, c, groups=32, stride=stride, dtype=torch.float16, device_type="cuda"
         )
         rows += layer_rows(args.backend, problem, tuple(args.passes))
-        print(table(rows).splitlines()[-len(args.passes) :], file=sys.stderr, flush=True)
+        print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     output = args.output or RESULTS / f"modelled-{args.backend}.json"
     commit = subprocess.run(

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,93 @@ def resources(kernel: Any) -> dict[str, int]:
             "stack": field("private_segment_fixed_size"),
             "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         }
-    path = Path(kernel.asm_path) if hasattr(kernel, "asm_path") else None
-    del path
-    tool = triton.knobs.nvidia.cuobjdump.path
-    cubin = ROOT / "build" / "kernel.cubin"
-    cubin.parent.mkdir(exist_ok=True)
-    cubin.write_bytes(kernel.asm["cubin"])
-    text = subprocess.run(
-        [tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": usage["REG"], "stack": usage["STACK"], "spills": usage["LOCAL"]}
+
+
+def architectures() -> list[Any]:
+    """Plain pytest compiles for one of each maker; the others have the marker `architectures`."""
+    found = []
+    for arch in [*NVIDIA, *AMD]:
+        marks = [] if arch in (80, "gfx942") else [pytest.mark.architectures]
+        found.append(pytest.param(arch, marks=marks, id=str(arch)))
+    return found
+
+
+@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize("regime", REGIMES)
+def test_compiles_without_spills(regime: str, arch: int | str) -> None:
+    """Every configuration of the table: no stack, no spills, and on NVIDIA two programs at least
+    on a multiprocessor."""
+    for name, launch in launches(REGIMES[regime]).items():
+        kernel = launch.compiled("cuda" if isinstance(arch, int) else "hip", arch)
+        used = resources(kernel)
+        assert used["stack"] == used["spills"] == 0, f"{name}: {used}"
+        if isinstance(arch, int):
+            assert used["registers"] * 32 * launch.meta["warps"] * 2 <= 65536, f"{name}: {used}"
+            assert kernel.metadata.shared * 2 <= 99 * 1024, f"{name}: {kernel.metadata.shared}"
+        else:
+            assert kernel.metadata.shared <= 64 * 1024, f"{name}: {kernel.metadata.shared}"
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_instructions(regime: str) -> None:
+    """Matrix instructions, unless float32 has to be IEEE's; loads of 16 bytes, where channels of a
+    program lie side by side."""
+    problem = REGIMES[regime]
+    d = problem.c // problem.groups
+    for name, launch in launches(problem).items():
+        ptx = launch.compiled("cuda", 80).asm["ptx"]
+        if "conv" in name or "dweight" in name:
+            assert "mma.sync" in ptx, f"{name}: no matrix instruction"
+            if d in (4, 8, 16, 32, 64):
+                assert re.search(r"ld\.global\S*\.v4|cp\.async\S* .*0x10", ptx), (
+                    f"{name}: no wide load"
+                )
+        elif "kernel" in name and "sum" not in name and "merge" not in name and d % 8 == 0:
+            assert re.search(r"ld\.global\S*\.v4", ptx), f"{name}: no wide load"
+
+
+def test_ieee_float32_has_no_matrix_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for name, launch in launches(REGIMES["d4-f32"]).items():
+        if "conv" in name or "dweight" in name:
+            kernel = launch.compiled("cuda", 80)
+            assert "mma.sync" not in kernel.asm["ptx"], name
+            used = resources(kernel)
+            assert used["stack"] == used["spills"] == 0, f"{name}: {used}"
+
+
+INTERPRETED = {
+    "test_backend_functions.py": "n2-c128-h9w7 or n1-c15-h7w7 or n2-c32-h7w7 or n1-c80-h5w9 or "
+    "n1-c32-h9w9 or n0-c128 or n1-c112-h6w7 or n2-c64-h7w7 or many_images",
+    "test_op.py": "nan_and_inf and f16",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: it runs these tests")
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_interpreter(file: str) -> None:
+    """The contract's own tests, in Triton's interpreter, launchers included."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"tests/{file}", "-k", f"triton and ({INTERPRETED[file]})"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout[-1000:]
+
+
+def test_why_not() -> None:
+    assert "cuda" in str(backend.why_not(ConvProblem(2, 7, 7, 64, groups=16)))
+    double = ConvProblem(2, 7, 7, 64, groups=16, dtype=torch.float64, device_type="cuda")
+    assert "float64" in str(backend.why_not(double))

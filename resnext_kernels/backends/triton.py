@@ -172,7 +172,13 @@ _UNKNOWN_STRIDES = ("stride_k", "stride_d")
 
 @_jit
 def _columns(
-    tile, first, limit, D: tl.constexpr, PACK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr
+    tile,
+    first,
+    limit,
+    D: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Channels of the columns of TILES tiles from `tile` on, and which exist; from `first` on."""
     f = tl.arange(0, TILES * WIDTH)
@@ -417,7 +423,9 @@ def _conv_rows_kernel(
     quarter = tl.arange(0, 4 * DST) // DST  # kh, turned round in dx; the fourth is no tap
     weights = ()
     for kw in tl.static_range(3):
-        tap = tl.where(quarter < 3, (2 - quarter) * 3 + 2 - kw if TRANSPOSED else quarter * 3 + kw, 9)
+        tap = tl.where(
+            quarter < 3, (2 - quarter) * 3 + 2 - kw if TRANSPOSED else quarter * 3 + kw, 9
+        )
         weights += (
             _weights(
                 w_ptr, tile, 0, 0, tap, K, stride_k, stride_d, stride_tap,
@@ -539,7 +547,15 @@ def _conv_kernel(
     )  # fmt: skip
     if partial_ptr is not None:
         _store_statistics(
-            partial_ptr, tl.program_id(1), DST_C, acc, tl.zeros_like(acc), pixel_ok, 1.0, dst, dst_ok
+            partial_ptr,
+            tl.program_id(1),
+            DST_C,
+            acc,
+            tl.zeros_like(acc),
+            pixel_ok,
+            1.0,
+            dst,
+            dst_ok,
         )
 
 
@@ -552,7 +568,7 @@ def _dweight_kernel(
     DST: tl.constexpr, SRC_CHUNKS: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, tap, k, d]. Programs: (tiles * SRC_CHUNKS * DST_CHUNKS / TILES, 3, columns / BLOCK_P * splits).
+    """partial[s, tap, k, d]. Programs: (tiles and chunks, 3, N*W / BLOCK_P * splits).
 
     A program takes one kh and walks BLOCK_P columns (n, w) down `rows` rows of dz. The x of its
     three taps are one tile with 4 times as many columns, the fourth zero: one dot, dz is loaded
@@ -578,24 +594,21 @@ def _dweight_kernel(
     x_ok = column_ok[:, None] & src_ok[None, :] & (x_w >= 0) & (x_w < X_W)
     dz_ok = column_ok[:, None] & dst_ok[None, :]
     first = tl.program_id(2) % splits * rows
-    x_h = first * stride + (kh - 1) * dilation
-    x_offset = ((n * X_H + x_h) * X_W)[:, None] * C + (x_w * C + src[None, :])
-    dz_offset = ((n * H + first) * W + w)[:, None] * K + dst[None, :]
+    x_columns = x_w.to(tl.int64) * C + src[None, :]
     acc = tl.zeros((TILES, DST, 4 * SRC), tl.float32)
-    for _ in range(first, tl.minimum(first + rows, H)):
+    for h in range(first, tl.minimum(first + rows, H)):
         dz = _load_source(
             dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
-            dz_offset, dz_ok, dst, dst_ok,
+            ((n * H + h) * W + w)[:, None] * K + dst[None, :], dz_ok, dst, dst_ok,
         )  # fmt: skip
+        x_h = h * stride + (kh - 1) * dilation
         x = _load_source(
             x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None,
-            x_offset, x_ok & (x_h >= 0) & (x_h < X_H), src, src_ok,
+            ((n * X_H + x_h) * X_W)[:, None] * C + x_columns,
+            x_ok & (x_h >= 0) & (x_h < X_H), src, src_ok,
         )  # fmt: skip
         dz = tl.permute(_split(dz, TILES), (0, 2, 1))
         acc = _dot(dz, _split(x, TILES), acc, PRECISION)
-        x_h += stride
-        x_offset += (stride * X_W).to(tl.int64) * C
-        dz_offset += W.to(tl.int64) * K
     o = first_dst + tl.arange(0, DST)[None, :, None]
     g = tl.arange(0, 4 * SRC)[None, None, :]
     i = first_src + g % SRC
@@ -755,7 +768,9 @@ def _input_gradient_kernel(
 _PROGRAMS = 528
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **meta: Any) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **meta: Any
+) -> None:
     """kernel[grid](*args), on the device of the first tensor and its current stream."""
     device = next(a.device for a in args if isinstance(a, Tensor))
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -821,7 +836,7 @@ def _convolve(
     weight, strides = _strided(weight, transposed)
     z, y, scale, shift, a, b, c = gradient
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
-    meta = {
+    meta: dict[str, Any] = {
         "DIN": din,
         "DOUT": dout,
         "PACK": config.pack,
@@ -846,17 +861,15 @@ def _convolve(
         partial = x.new_empty((grid[1] * grid[2], 3, dst_c), dtype=torch.float32)
     tensors = (x, z, y, scale, shift, a, b, c, weight, *epilogue, out, partial)
     if config.rows:
-        sizes = (n, h, w, src_c, dst_c, k, config.rows)
+        sizes: tuple[int, ...] = (n, h, w, src_c, dst_c, k, config.rows)
         _launch(_conv_rows_kernel, grid, *tensors, *sizes, *strides, UNROLL=config.unroll, **meta)
     else:
         sizes = (n, src_h, src_w, h, w, src_c, dst_c, k, *strides, stride, dilation)
-        _launch(
-            _conv_kernel, grid, *tensors, *sizes, DST_CHUNKS=chunks, PHASES=phases, **meta
-        )
+        _launch(_conv_kernel, grid, *tensors, *sizes, DST_CHUNKS=chunks, PHASES=phases, **meta)
     return partial
 
 
-def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, int]) -> Tensor:
+def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
     """z of one group, by torch's own convolution."""
     if prologue is not None:
         x = normalize_relu(x, *prologue)
@@ -913,7 +926,7 @@ def conv_affine_relu(
     dilation: int = 1,
 ) -> Tensor:
     """y = relu(scale * conv(x) + shift [+ residual])."""
-    conv = {"stride": stride, "groups": groups, "dilation": dilation}
+    conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
     if groups == 1:
         return normalize_relu(
             _dense_conv(x, weight, prologue, conv), scale, shift, residual=residual
@@ -934,7 +947,7 @@ def conv_stats(
     stats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(x), and the mean and biased variance of its channels if `stats`."""
-    conv = {"stride": stride, "groups": groups, "dilation": dilation}
+    conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
     if groups == 1:
         z = _dense_conv(x, weight, prologue, conv)
         if stats:
@@ -1105,12 +1118,12 @@ def conv_backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
-    conv = {"stride": stride, "groups": groups, "dilation": dilation}
+    conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
     if groups == 1:
         dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
         if prologue is not None and need_dweight:
             x = normalize_relu(x, *prologue)
-        needs = {"need_dx": need_dx, "need_dweight": need_dweight}
+        needs: dict[str, Any] = {"need_dx": need_dx, "need_dweight": need_dweight}
         return reference.conv_backward(dz, x, weight, **conv, **needs)
     gradient: tuple[Tensor | None, ...] = (None,) * 7
     if bn is not None:
