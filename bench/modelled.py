@@ -2,9 +2,10 @@
 
 `python -m bench.modelled` runs every 3x3 layer of ResNeXt-50 32x4d through a backend's own
 launchers, on CPU tensors, with each kernel that they launch compiled for sm_80 and run by ptxemu,
-a PTX emulator beside the repository in some checkouts. It counts sectors, wavefronts, bank conflicts
-and tensor-core work, and gives a lower bound on time, the busiest of the resources of a GPU; latency
-is not modelled. The floor of a pass is the time that memory takes for its compulsory bytes:
+a PTX emulator beside the repository in some checkouts. It counts sectors, wavefronts, conflicts and
+tensor-core work, and gives a lower bound on time, the busiest of the resources of a GPU; latency is
+not modelled, nor is torch's own copy of the weights. The floor of a pass is the time that memory
+takes for its compulsory bytes:
 
     eval      x, weight -> y
     forward   x, weight -> z; z -> y                                    (training)
@@ -303,7 +304,7 @@ def compulsory_bytes(problem: ConvProblem, name: str) -> int:
 
 
 def assert_right(name: str, t: Tensors, results: list[Tensor]) -> None:
-    """Each result is within a few roundings of its dtype, on its scale, of the float32 reference."""
+    """Each result is within a few roundings of its dtype, on its scale, of the reference."""
     exact = replace(t, x=t.x.float(), weight=t.weight.float(), z=t.z.float(), dy=t.dy.float())
     for i, (found, truth) in enumerate(zip(results, run_pass(reference, name, exact), strict=True)):
         eps = torch.finfo(t.x.dtype).eps

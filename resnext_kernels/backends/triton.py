@@ -142,12 +142,13 @@ def _conv_config(
     pack = max(1, narrow // max(src_d, dst_d))
     src, dst = _pow2(pack * src_d, narrow), _pow2(pack * dst_d, narrow)
     widest = max(src, dst)
+    exact = pack * src_d == src and pack * dst_d == dst  # no column is padding
     tiles = min(max(64 // widest, 1), _pow2(triton.cdiv(groups, pack), 1))
     rows = triton.cdiv(h, triton.cdiv(h, _ROWS))
     if by_rows and widest <= 16 and half:
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
-        unroll, stages = (1, 1) if gradient else (2, 2)
+        unroll, stages = (2 if exact else 1, 1) if gradient else (2, 2)
         return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8
@@ -155,9 +156,8 @@ def _conv_config(
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    exact = pack * src_d == src and pack * dst_d == dst
     p = 64 if half else 16
-    if half and (gradient or not exact or widest > 32):  # more registers for addresses and vectors
+    if half and (not exact or widest > 32):  # more registers go to addresses
         p = 32
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
 
@@ -344,15 +344,16 @@ def _store_statistics(partial_ptr, program, K, mean, m2, valid, count, channel, 
 def _conv(
     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
     SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
-    tile, first_dst, n, h, w, pixel_ok,
+    tile, first_dst, n, h, w, pixel_ok, phase_h, phase_w,
     DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
-    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, GROUPWISE: tl.constexpr,
+    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSED: tl.constexpr,
+    STRIDED: tl.constexpr, PRECISION: tl.constexpr, GROUPWISE: tl.constexpr,
 ):  # fmt: skip
     """(TILES, BLOCK_P, DST): the convolution at the pixels n, h, w; GROUPWISE: see `_dot_groups`.
 
     Forward reads row h*stride + (kh - 1)*dilation for tap kh; dx reads the row of dz of which h is
-    that row: (h - (kh - 1)*dilation) / stride, if it is one.
+    that row, (h - (kh - 1)*dilation) / stride, if there is one; STRIDED: stride is not 1, and all
+    h and w leave the remainders phase_h and phase_w.
     """
     SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
@@ -362,20 +363,19 @@ def _conv(
         for tap in range(9):
             down = (tap // 3 - 1) * dilation
             right = (tap % 3 - 1) * dilation
+            some = True
             if TRANSPOSED:
                 src_h = h - down
                 src_w = w - right
-                ok = pixel_ok & (src_h % stride == 0) & (src_w % stride == 0)
-                ok &= (src_h >= 0) & (src_w >= 0)
-                src_h //= stride
-                src_w //= stride
-                # every pixel of a program has the same remainder
-                some = tl.max(ok.to(tl.int32)) > 0
+                ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
+                if STRIDED:
+                    some = ((phase_h - down) % stride == 0) & ((phase_w - right) % stride == 0)
+                    src_h //= stride
+                    src_w //= stride
             else:
                 src_h = h * stride + down
                 src_w = w * stride + right
                 ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
-                some = True
             ok &= (src_h < SRC_H) & (src_w < SRC_W)
             if some:
                 pixel = (n * SRC_H + src_h) * SRC_W + src_w
@@ -400,13 +400,16 @@ def _conv(
 @_jit(do_not_specialize=_UNKNOWN_STRIDES)
 def _conv_rows_kernel(
     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-    scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr,
+    scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr, dz_ptr,
     N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
     DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
     DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stride 1. Programs: (tiles / TILES, N*W / BLOCK_P, H / rows)."""
+    """Stride 1. Programs: (tiles / TILES, N*W / BLOCK_P, H / rows).
+
+    dx also writes dz, which it has in registers, for dweight.
+    """
     SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
     tile = tl.program_id(0) * TILES
@@ -451,6 +454,10 @@ def _conv_rows_kernel(
                     (pixel + (kw - 1))[:, None] * SRC_C + src[None, :],
                     inside[:, None] & src_ok[None, :], src, src_ok,
                 )  # fmt: skip
+                if dz_ptr is not None and kw == 1:
+                    own = column_ok & (h >= first) & (h < last)
+                    offset = pixel[:, None] * SRC_C + src[None, :]
+                    tl.store(dz_ptr + offset, x, mask=own[:, None] & src_ok[None, :])
                 x = _split(x, TILES)
                 d = _dot(x, weights[kw], d, PRECISION)
             lower, same, above = _thirds(d, DST)
@@ -479,8 +486,8 @@ def _conv_rows_kernel(
                 result = _conv(
                     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
                     H, W, SRC_C, K, stride_k, stride_d, stride_tap, 1, 1,
-                    tile, 0, n, h + tl.zeros_like(w), w, column_ok,
-                    DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PRECISION, True,
+                    tile, 0, n, h + tl.zeros_like(w), w, column_ok, 0, 0,
+                    DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, False, PRECISION, True,
                 )  # fmt: skip
                 _store_result(
                     out_ptr, ((n * H + h) * W + w)[:, None] * DST_C + dst[None, :],
@@ -501,8 +508,8 @@ def _conv_rows_kernel(
 
 @_jit
 def _conv_kernel(
-    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
-    scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr,
+    x_ptr, in_scale_ptr, in_shift_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, out_ptr,
+    partial_ptr,
     N, SRC_H, SRC_W, H, W, SRC_C, DST_C, K, stride_k, stride_d, stride_tap, stride, dilation,
     DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
     DST: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -521,23 +528,25 @@ def _conv_kernel(
     columns = tl.cdiv(W, PHASES)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = p // (rows * columns)
-    h = p // columns % rows * PHASES + tl.program_id(2) // PHASES
-    w = p % columns * PHASES + tl.program_id(2) % PHASES
+    phase_h = tl.program_id(2) // PHASES
+    phase_w = tl.program_id(2) % PHASES
+    h = p // columns % rows * PHASES + phase_h
+    w = p % columns * PHASES + phase_w
     pixel_ok = (n < N) & (h < H) & (w < W)
     n = n.to(tl.int64)
     acc = _conv(
-        x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+        x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None, w_ptr,
         SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
-        tile, first_dst, n, h, w, pixel_ok,
-        DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PRECISION, False,
+        tile, first_dst, n, h, w, pixel_ok, phase_h, phase_w,
+        DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PHASES > 1, PRECISION, False,
     )  # fmt: skip
     if PACK > 1:
         if tl.max((acc * 0.0 != 0.0).to(tl.int32)) > 0:
             acc = _conv(
-                x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+                x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None, w_ptr,
                 SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
-                tile, first_dst, n, h, w, pixel_ok,
-                DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PRECISION, True,
+                tile, first_dst, n, h, w, pixel_ok, phase_h, phase_w,
+                DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PHASES > 1, PRECISION, True,
             )  # fmt: skip
     acc = _join(acc)
     pixel = (n * H + h) * W + w
@@ -818,13 +827,15 @@ def _convolve(
     epilogue: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     stats: bool = False,
     transposed: bool = False,
+    dz: Tensor | None = None,
     stride: int,
     groups: int,
     dilation: int,
 ) -> Tensor | None:
     """Write the convolution of x, or of dz for dx, to `out`; returns partial statistics.
 
-    gradient: z, y, scale, shift, a, b, c of `_load_source`.
+    gradient: z, y, scale, shift, a, b, c of `_load_source`, z for `_conv_rows_kernel` only. dz:
+    where dx leaves it for dweight.
     """
     k, din = weight.shape[:2]
     dout = k // groups
@@ -859,14 +870,23 @@ def _convolve(
         grid = (tiles * chunks, triton.cdiv(pixels, config.block_p), phases * phases)
     if stats:
         partial = x.new_empty((grid[1] * grid[2], 3, dst_c), dtype=torch.float32)
-    tensors = (x, z, y, scale, shift, a, b, c, weight, *epilogue, out, partial)
     if config.rows:
+        tensors = (x, z, y, scale, shift, a, b, c, weight, *epilogue, out, partial, dz)
         sizes: tuple[int, ...] = (n, h, w, src_c, dst_c, k, config.rows)
         _launch(_conv_rows_kernel, grid, *tensors, *sizes, *strides, UNROLL=config.unroll, **meta)
     else:
+        assert z is None
+        tensors = (x, scale, shift, weight, *epilogue, out, partial)
         sizes = (n, src_h, src_w, h, w, src_c, dst_c, k, *strides, stride, dilation)
         _launch(_conv_kernel, grid, *tensors, *sizes, DST_CHUNKS=chunks, PHASES=phases, **meta)
     return partial
+
+
+def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
+    """Whether dx is `_conv_rows_kernel`'s."""
+    k, din = weight.shape[:2]
+    by_rows = stride == dilation == 1
+    return _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True).rows > 0
 
 
 def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
@@ -1072,8 +1092,11 @@ def _dweight(
     src, dst = config.src_width, min(config.dst_width, 32)
     src_chunks = triton.cdiv(config.pack * din, src)
     dst_chunks = triton.cdiv(config.pack * dout, dst)
+    half = x.dtype.itemsize == 2
     # 32-wide products are shared by four warps: the sums of 4*32 columns fill their registers
-    block_p, width = 32, config.tiles if max(src, dst) <= 16 else 1
+    block_p, width = (32, config.tiles) if max(src, dst) <= 16 else (64 if half else 32, 1)
+    if width > 1 and config.pack * max(din, dout) % 8:
+        block_p = 16  # channels are loaded one at a time, by as many addresses
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
     programs = tiles * src_chunks * dst_chunks
     columns = triton.cdiv(n * w, block_p)
@@ -1096,7 +1119,7 @@ def _dweight(
         BLOCK_P=block_p,
         PRECISION=_precision(x.dtype),
         warps=width if width > 1 else 4,
-        stages=1,
+        stages=2 if gradient[0] is None and prologue is None else 1,
     )
     dweight = torch.empty_like(weight)
     _sum(partial, dweight, taps=9)
@@ -1126,13 +1149,22 @@ def conv_backward(
         needs: dict[str, Any] = {"need_dx": need_dx, "need_dweight": need_dweight}
         return reference.conv_backward(dz, x, weight, **conv, **needs)
     gradient: tuple[Tensor | None, ...] = (None,) * 7
+    dx = dweight = dz = None
     if bn is not None:
         z, scale, shift, a, b, c = bn
-        gradient = (z, y, scale, shift, a, b, c)
-    dx = dweight = None
+        if not need_dx or _walks_rows(x, weight, **conv):
+            gradient = (z, y, scale, shift, a, b, c)
+            if need_dx and need_dweight:
+                # as many bytes as to read dy and z again, and nothing to compute at that load
+                dz = torch.empty_like(dy, memory_format=torch.channels_last)
+        else:
+            # `_conv_kernel` would make each dz up to nine times
+            dy = bn_relu_input_gradient(dy, *bn, y=y)
     if need_dx:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        _convolve(dy, weight, dx, gradient=gradient, transposed=True, **conv)
+        _convolve(dy, weight, dx, gradient=gradient, transposed=True, dz=dz, **conv)
+        if dz is not None:
+            dy, gradient = dz, (None,) * 7
     if need_dweight:
         dweight = _dweight(dy, gradient, x, weight, prologue, **conv)
     return dx, dweight
