@@ -134,9 +134,10 @@ _ROWS = 14
 
 
 def _conv_config(
-    src_d: int, dst_d: int, groups: int, h: int, by_rows: bool, dtype: torch.dtype, gradient: bool
+    src_d: int, dst_d: int, groups: int, h: int, by_rows: bool, dtype: torch.dtype, computed: bool
 ) -> Config:
-    """For src_d to dst_d channels a group; by_rows: stride and dilation are 1; gradient: dz."""
+    """For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
+    what is multiplied is, from x or dz, and not just loaded."""
     half = dtype.itemsize == 2
     narrow = 16 if half else 8  # the depth of one matrix instruction
     pack = max(1, narrow // max(src_d, dst_d))
@@ -148,7 +149,7 @@ def _conv_config(
     if by_rows and widest <= 16 and half:
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
-        unroll, stages = (2 if exact else 1, 1) if gradient else (2, 2)
+        unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
         return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8
@@ -157,7 +158,8 @@ def _conv_config(
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
     p = 64 if half else 16
-    if half and (not exact or widest > 32):  # more registers go to addresses
+    if half and (not exact or widest > 32 or (computed and widest > 16)):
+        # more registers go to addresses and vectors
         p = 32
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
 
@@ -323,18 +325,30 @@ def _store_result(
 
 
 @_jit
-def _store_statistics(partial_ptr, program, K, mean, m2, valid, count, channel, ok):
-    """Merge (P, CHANNELS) means and squared deviations of `count` values each into the partial of
-    this program: count, mean, squared deviation, three rows of K."""
-    valid = valid[:, None]
-    pixels = tl.sum(valid.to(tl.float32), 0)  # at least 1
-    whole = tl.sum(tl.where(valid, mean, 0.0), 0) / pixels
+def _pivot(t, valid):
+    """The means of the columns of (P, CHANNELS): what statistics are taken relative to.
+
+    Any value near the data does; without one, their rounding would be that of the mean.
+    """
+    return tl.sum(tl.where(valid[:, None], t, 0.0), 0) / tl.sum(valid.to(tl.float32), 0)
+
+
+@_jit
+def _store_statistics(
+    partial_ptr, program, K, pivot, mean, m2, valid, count, channel, ok
+):  # fmt: skip
+    """Merge (P, CHANNELS) means and squared deviations of `count` (P,) values each into the partial
+    of this program: count, pivot, mean - pivot, squared deviation, four rows of K."""
+    count = tl.where(valid, count, 0.0)[:, None]
+    total = tl.sum(count, 0)  # at least 1
+    whole = tl.sum(tl.where(valid[:, None], mean * count, 0.0), 0) / total
     off = mean - whole[None, :]
-    m2 = tl.sum(tl.where(valid, m2 + count * off * off, 0.0), 0)
-    row = partial_ptr + program.to(tl.int64) * 3 * K + channel
-    tl.store(row, pixels * count, mask=ok)
-    tl.store(row + K, whole, mask=ok)
-    tl.store(row + 2 * K, m2, mask=ok)
+    m2 = tl.sum(tl.where(valid[:, None], m2 + count * off * off, 0.0), 0)
+    row = partial_ptr + program.to(tl.int64) * 4 * K + channel
+    tl.store(row, total + tl.zeros_like(whole), mask=ok)
+    tl.store(row + K, pivot, mask=ok)
+    tl.store(row + 2 * K, whole, mask=ok)
+    tl.store(row + 3 * K, m2, mask=ok)
 
 
 # Kernels: convolution ------------------------------------------------------------------------
@@ -440,8 +454,9 @@ def _conv_rows_kernel(
     upper = zero  # what rows above have given to output rows h - 1 and h
     middle = zero
     odd = tl.zeros((TILES, BLOCK_P), tl.float32)  # NaN where a result was not finite
-    mean = zero
-    m2 = zero
+    pivot = tl.zeros((TILES * DST,), tl.float32)
+    mean = tl.zeros((BLOCK_P, TILES * DST), tl.float32)
+    m2 = mean
     for turn in range(first - 1, last + 1, UNROLL):
         for u in tl.static_range(UNROLL):
             h = turn + u
@@ -471,17 +486,20 @@ def _conv_rows_kernel(
                     scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
                 )  # fmt: skip
                 if partial_ptr is not None:
-                    off = result - mean
+                    if h == first + 1:
+                        pivot = _pivot(_join(result), column_ok)
+                    relative = _join(result) - pivot[None, :]
+                    off = relative - mean
                     mean += off / (h - first)
-                    m2 += off * (result - mean)
+                    m2 += off * (relative - mean)
             upper = middle + same
             middle = lower
             pixel += W
     if PACK > 1:
         if tl.max((odd != odd).to(tl.int32)) > 0:
             tl.debug_barrier()  # what follows is written over what was written above
-            mean = zero
-            m2 = zero
+            mean = tl.zeros((BLOCK_P, TILES * DST), tl.float32)
+            m2 = mean
             for h in range(first, last):
                 result = _conv(
                     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
@@ -495,15 +513,18 @@ def _conv_rows_kernel(
                     scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
                 )  # fmt: skip
                 if partial_ptr is not None:
-                    off = result - mean
+                    if h == first:
+                        pivot = _pivot(_join(result), column_ok)
+                    relative = _join(result) - pivot[None, :]
+                    off = relative - mean
                     mean += off / (h + 1 - first)
-                    m2 += off * (result - mean)
+                    m2 += off * (relative - mean)
     if partial_ptr is not None:
         program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        count = (last - first) * 1.0 + tl.zeros((BLOCK_P,), tl.float32)
         _store_statistics(
-            partial_ptr, program, DST_C, _join(mean), _join(m2), column_ok, (last - first) * 1.0,
-            dst, dst_ok,
-        )  # fmt: skip
+            partial_ptr, program, DST_C, pivot, mean, m2, column_ok, count, dst, dst_ok
+        )
 
 
 @_jit
@@ -555,17 +576,12 @@ def _conv_kernel(
         scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
     )  # fmt: skip
     if partial_ptr is not None:
+        pivot = _pivot(acc, pixel_ok)
+        acc -= pivot[None, :]
         _store_statistics(
-            partial_ptr,
-            tl.program_id(1),
-            DST_C,
-            acc,
-            tl.zeros_like(acc),
-            pixel_ok,
-            1.0,
-            dst,
-            dst_ok,
-        )
+            partial_ptr, tl.program_id(1), DST_C, pivot, acc, tl.zeros_like(acc), pixel_ok,
+            tl.full((BLOCK_P,), 1.0, tl.float32), dst, dst_ok,
+        )  # fmt: skip
 
 
 @_jit
@@ -646,23 +662,23 @@ def _batch_stats_kernel(
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.float32)
+    pivot = tl.zeros((BLOCK_C,), tl.float32)
     begin = tl.program_id(1) * blocks
     for block in range(begin, tl.minimum(begin + blocks, tl.cdiv(M, BLOCK_M))):
         m = block * BLOCK_M + row
         mask = (m < M)[:, None] & ok[None, :]
         z = tl.load(z_ptr + m.to(tl.int64)[:, None] * C + channel[None, :], mask=mask, other=0.0)
+        z = z.to(tl.float32)
+        if block == begin:
+            pivot = _pivot(z, m < M)
+        z -= pivot[None, :]
         count += (m < M).to(tl.float32)
-        off = tl.where(mask, z.to(tl.float32) - mean, 0.0)
+        off = tl.where(mask, z - mean, 0.0)
         mean += off / tl.maximum(count, 1.0)[:, None]
-        m2 += off * (z.to(tl.float32) - mean)
-    total = tl.sum(count, 0)
-    whole = tl.sum(mean * count[:, None], 0) / total
-    off = mean - whole[None, :]
-    m2 = tl.sum(m2 + count[:, None] * off * off, 0)
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * C + channel
-    tl.store(partial, total + tl.zeros_like(whole), mask=ok)
-    tl.store(partial + C, whole, mask=ok)
-    tl.store(partial + 2 * C, m2, mask=ok)
+        m2 += tl.where(mask, off * (z - mean), 0.0)
+    _store_statistics(
+        partial_ptr, tl.program_id(1), C, pivot, mean, m2, count > 0, count, channel, ok
+    )
 
 
 @_jit
@@ -672,15 +688,27 @@ def _merge_statistics_kernel(
     """Mean and biased variance from the partial statistics. Programs: (C / BLOCK_C,)."""
     row, channel, ok = _rows_and_channels(C, BLOCK_S, BLOCK_C)
     count = tl.zeros((BLOCK_C,), tl.float32)
-    mean = tl.zeros((BLOCK_C,), tl.float32)
+    mean = tl.zeros((BLOCK_C,), tl.float32)  # relative to the mean of the pivots
     m2 = tl.zeros((BLOCK_C,), tl.float32)
+    pivot = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, splits, BLOCK_S):
         s = first + row
         mask = (s < splits)[:, None] & ok[None, :]
-        partial = partial_ptr + s.to(tl.int64)[:, None] * 3 * C + channel[None, :]
+        partial = partial_ptr + s.to(tl.int64)[:, None] * 4 * C + channel[None, :]
         n = tl.load(partial, mask=mask, other=0.0)
-        means = tl.load(partial + C, mask=mask, other=0.0)
-        m2s = tl.load(partial + 2 * C, mask=mask, other=0.0)
+        pivot += tl.sum(n * tl.load(partial + C, mask=mask, other=0.0), 0)
+        total += tl.sum(n, 0)
+    pivot /= tl.maximum(total, 1.0)
+    for first in range(0, splits, BLOCK_S):
+        s = first + row
+        mask = (s < splits)[:, None] & ok[None, :]
+        partial = partial_ptr + s.to(tl.int64)[:, None] * 4 * C + channel[None, :]
+        n = tl.load(partial, mask=mask, other=0.0)
+        means = tl.load(partial + C, mask=mask, other=0.0) - pivot[None, :]
+        means += tl.load(partial + 2 * C, mask=mask, other=0.0)
+        m2s = tl.load(partial + 3 * C, mask=mask, other=0.0)
+        means = tl.where(mask, means, 0.0)
         added = tl.sum(n, 0)
         theirs = tl.sum(n * means, 0) / tl.maximum(added, 1.0)
         off = means - theirs[None, :]
@@ -689,7 +717,7 @@ def _merge_statistics_kernel(
         m2 += tl.sum(m2s + n * off * off, 0) + apart * apart * (count * added / both)
         mean += apart * (added / both)
         count += added
-    tl.store(mean_ptr + channel, mean, mask=ok)
+    tl.store(mean_ptr + channel, pivot + mean, mask=ok)
     tl.store(var_ptr + channel, m2 / tl.maximum(count, 1.0), mask=ok)
 
 
@@ -843,9 +871,9 @@ def _convolve(
     _, src_c, src_h, src_w = x.shape
     src_d, dst_d = (dout, din) if transposed else (din, dout)
     by_rows = stride == dilation == 1
-    config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, gradient[0] is not None)
-    weight, strides = _strided(weight, transposed)
     z, y, scale, shift, a, b, c = gradient
+    config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None)
+    weight, strides = _strided(weight, transposed)
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
     meta: dict[str, Any] = {
         "DIN": din,
@@ -869,7 +897,7 @@ def _convolve(
         chunks = triton.cdiv(config.pack * dst_d, config.dst_width)
         grid = (tiles * chunks, triton.cdiv(pixels, config.block_p), phases * phases)
     if stats:
-        partial = x.new_empty((grid[1] * grid[2], 3, dst_c), dtype=torch.float32)
+        partial = x.new_empty((grid[1] * grid[2], 4, dst_c), dtype=torch.float32)
     if config.rows:
         tensors = (x, z, y, scale, shift, a, b, c, weight, *epilogue, out, partial, dz)
         sizes: tuple[int, ...] = (n, h, w, src_c, dst_c, k, config.rows)
@@ -986,7 +1014,7 @@ def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     m, c, meta = _blocks(z)
     channels = triton.cdiv(c, meta["BLOCK_C"])
     splits, each = _split_blocks(triton.cdiv(m, meta["BLOCK_M"]), channels)
-    partial = z.new_empty((splits, 3, c), dtype=torch.float32)
+    partial = z.new_empty((splits, 4, c), dtype=torch.float32)
     _launch(
         _batch_stats_kernel, (channels, splits), z, partial, m, c, each, warps=4, stages=2, **meta
     )
