@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -161,7 +162,8 @@ class Target:
 
     @property
     def device(self) -> str:
-        return "cuda" if self.backend in ("triton", "cuda") else "cpu"
+        interpreted = self.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        return "cuda" if self.backend in ("triton", "cuda") and not interpreted else "cpu"
 
     def problem(self, case: Case) -> ConvProblem:
         return ConvProblem(

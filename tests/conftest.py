@@ -42,3 +42,21 @@ def poisoned() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs more than 10 GB of memory, skipped below that")
+    for name, text in SLOW.items():
+        config.addinivalue_line("markers", f"{name}: {text}; run by -m {name} alone")
+
+
+# Minutes each: left out unless asked for.
+SLOW = {
+    "architectures": "compile the Triton kernels for every architecture",
+    "emulated": "run compiled GPU kernels over every case in the PTX emulator",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of SLOW, except where -m names their marker."""
+    asked = config.getoption("markexpr", "")
+    left_out = [i for i in items if any(i.get_closest_marker(m) and m not in asked for m in SLOW)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [i for i in items if i not in set(left_out)]

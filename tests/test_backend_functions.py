@@ -377,3 +377,26 @@ def test_inputs_are_left_alone(case: Case, target: Target) -> None:
     f.bn_relu_input_gradient(t.dy, *bn)
     f.conv_backward(t.dy, t.x, t.weight, bn=bn, prologue=prologue, **case.conv)
     assert all(torch.equal(v, b) for v, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@few_cases
+def test_odd_values_stay_in_their_group(case: Case, value: float, target: Target) -> None:
+    """A NaN or Inf in one channel reaches the channels and pixels that depend on it, no others."""
+    target.require(case)
+    t = Exact(case, target)
+    t.x[0, 1, 2, 2] = t.dy[0, 1, 1, 1] = value
+    args = {"prologue": None, **case.conv}
+    z, mean, _ = target.module.conv_stats(t.x, t.weight, **args)
+    depends = conv2d(
+        (~t.x.isfinite()).double(), torch.ones_like(t.weight).double(), **case.conv
+    ).bool()
+    assert torch.equal(z.isfinite(), ~depends)
+    assert torch.equal(mean.isfinite(), ~depends.any((0, 2, 3)).to(mean.device))
+    dx, dweight = target.module.conv_backward(t.dy, t.x, t.weight, **args)
+    a, weight = t.x.double(), t.weight.double()
+    a.requires_grad_()
+    z = conv2d(a, torch.ones_like(weight), **case.conv)
+    (reached,) = torch.autograd.grad(z, a, (~t.dy.isfinite()).double())
+    assert torch.equal(dx.isfinite(), reached == 0)
+    assert dweight.shape == t.weight.shape

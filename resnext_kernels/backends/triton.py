@@ -1,0 +1,1198 @@
+"""Triton kernels for GPUs (NVIDIA, compute capability 8.0 and up, and AMD), behind the contract of
+`reference`.
+
+Forward:    z[n, oh, ow, k] = sum over kh, kw, d of x[n, ih, iw, g*DIN + d] * weight[k, d, kh, kw],
+            ih = oh*stride + (kh - 1)*dilation, iw likewise, g = k // DOUT; outside pixels are zero
+Backward:   dz = a*g [+ b*z + c], g = dy where relu passed, made where dy and z are loaded;
+            dx is the convolution of dz with the weights turned round and transposed,
+            dweight[k, d, kh, kw] = sum over n, oh, ow of dz[n, oh, ow, k] * x[n, ih, iw, g*DIN + d]
+
+Images are (N, H, W, C) in memory (torch.channels_last). Groups narrower than a tensor-core tile are
+packed with their neighbours into one block-diagonal tile, so that D = 4 wastes a factor of 4 of a
+16-wide tile and not 16:
+
+            4 groups of 4 channels out
+            +----+----+----+----+
+    x tile  | W0 |    |    |    |     (BLOCK_P pixels, 16) @ (16, 16), once for each tap
+    16      +----+----+----+----+
+    channels|    | W1 |    |    |     a zero times an infinite or NaN pixel would reach its
+    in      +----+----+----+----+     neighbours: programs whose result is not finite
+            |    |    | W2 |    |     compute it again, group by group
+            +----+----+----+----+
+            |    |    |    | W3 |
+            +----+----+----+----+
+
+TILES such tiles lie side by side in a program, one a warp: 64 channels of float16 are a 128-byte
+line. They are loaded as one (BLOCK_P, TILES*16) tile and multiplied as TILES batched products.
+
+`_conv_rows_kernel` (stride 1, groups up to 16 wide) walks BLOCK_P columns, numbered over (n, w),
+down the image. A row of x is loaded once for each column shift, its product with the three taps
+of that column is one dot with 4 tiles of columns (a power of two; the fourth is zero), and each
+quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
+a tap at a time. Both also compute dx, and reduce BatchNorm's statistics in their epilogue.
+
+Products accumulate in float32. Reductions over pixels go in two stages, a partial result a program
+and then their sum in a fixed order: no atomics, and the same bits from run to run. Statistics are
+merged as means and squared deviations (Welford 1962; Chan, Golub & LeVeque 1979).
+
+Float32 products are IEEE, or TF32 where torch.backends.cudnn.allow_tf32 lets torch's own
+convolutions use it. One group is a dense convolution, which cuDNN is made for: it is used for
+groups == 1, with BatchNorm and ReLU around it from the kernels here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import ConvProblem, weight_format
+from . import reference
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    _MISSING: str | None = f"Triton is missing ({error})"
+    _jit: Any = lambda function=None, **options: function or _jit  # noqa: E731
+    _INTERPRETED = False
+else:
+    _MISSING = None
+    _jit = triton.jit
+    _INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on CPU tensors
+
+NAME = "triton"
+
+Affine = tuple[Tensor, Tensor]
+# z, scale, shift, a, b, c: see bn_relu_input_gradient
+BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INT32_MAX = 2**31 - 1
+
+
+def why_not(problem: ConvProblem) -> str | None:
+    """None where these kernels serve `problem`, else the reason."""
+    if _MISSING is not None:
+        return _MISSING
+    device = "cpu" if _INTERPRETED else "cuda"
+    if problem.device_type != device:
+        mode = " under TRITON_INTERPRET=1" if _INTERPRETED else ""
+        return f"tensors must be on {device!r}{mode}, not on {problem.device_type!r}"
+    if problem.dtype not in _DTYPES:
+        return f"dtype must be float32, bfloat16 or float16, not {problem.dtype}"
+    if _INTERPRETED and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers"
+    if device == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return "compute capability must be at least 8.0, not {}.{}".format(*capability)
+    pixels = problem.n * problem.h * problem.w
+    if pixels > _INT32_MAX:
+        return f"N*H*W must be at most {_INT32_MAX}, not {pixels}"
+    return None
+
+
+# Configurations ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a convolution is cut into programs.
+
+    Args:
+        pack: Groups in one tile.
+        src_width, dst_width: Channels of a tile, in and out, powers of two.
+        tiles: Tiles side by side in a program, a warp each; 1: `warps` warps share one.
+        block_p: Pixels, or columns of pixels, of a tile.
+        rows: Output rows that a program of `_conv_rows_kernel` walks; 0: `_conv_kernel`.
+        unroll: Rows in one turn of its loop, which share one load of the weights.
+        warps, stages: Warps of a program; tiles of x under way in cp.async.
+    """
+
+    pack: int
+    src_width: int
+    dst_width: int
+    tiles: int
+    block_p: int
+    rows: int
+    unroll: int
+    warps: int
+    stages: int
+
+
+def _pow2(n: int, low: int) -> int:
+    return max(low, 1 << (n - 1).bit_length())
+
+
+# Rows that a program of `_conv_rows_kernel` walks at most: two more are loaded, so long walks are
+# cheap in traffic, but few programs leave the last wave of them half empty.
+_ROWS = 14
+
+
+def _conv_config(
+    src_d: int, dst_d: int, groups: int, h: int, by_rows: bool, dtype: torch.dtype, computed: bool
+) -> Config:
+    """For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
+    what is multiplied is, from x or dz, and not just loaded."""
+    half = dtype.itemsize == 2
+    narrow = 16 if half else 8  # the depth of one matrix instruction
+    pack = max(1, narrow // max(src_d, dst_d))
+    src, dst = _pow2(pack * src_d, narrow), _pow2(pack * dst_d, narrow)
+    widest = max(src, dst)
+    exact = pack * src_d == src and pack * dst_d == dst  # no column is padding
+    tiles = min(max(64 // widest, 1), _pow2(triton.cdiv(groups, pack), 1))
+    rows = triton.cdiv(h, triton.cdiv(h, _ROWS))
+    if by_rows and widest <= 16 and half:
+        # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
+        # half as many columns
+        unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
+        return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
+    if by_rows and widest == 8:
+        # float32, D = 4, 8
+        return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
+    # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
+    src, dst = min(src, 32), min(dst, 64)
+    tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
+    p = 64 if half else 16
+    if half and (not exact or widest > 32 or (computed and widest > 16)):
+        # more registers go to addresses and vectors
+        p = 32
+    return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
+
+
+# Of the weights. A stride known to be 1 makes the compiler load 8 elements a lane, and their way
+# through shared memory to the tensor cores is then full of bank conflicts (6-fold in the model).
+_UNKNOWN_STRIDES = ("stride_k", "stride_d")
+
+
+# Kernels: shared steps -----------------------------------------------------------------------
+
+
+@_jit
+def _columns(
+    tile,
+    first,
+    limit,
+    D: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Channels of the columns of TILES tiles from `tile` on, and which exist; from `first` on."""
+    f = tl.arange(0, TILES * WIDTH)
+    if PACK * D == WIDTH:  # side by side
+        channel = tile * WIDTH + f
+        ok = channel < limit
+    else:
+        i = first + f % WIDTH
+        channel = (tile + f // WIDTH) * (PACK * D) + i
+        ok = (i < PACK * D) & (channel < limit)
+    return channel, ok
+
+
+@_jit
+def _split(t, TILES: tl.constexpr):
+    """(P, TILES*WIDTH) -> (TILES, P, WIDTH)."""
+    WIDTH: tl.constexpr = t.shape[1] // TILES
+    return tl.permute(tl.reshape(t, (t.shape[0], TILES, WIDTH)), (1, 0, 2))
+
+
+@_jit
+def _join(t):
+    """(TILES, P, WIDTH) -> (P, TILES*WIDTH)."""
+    return tl.reshape(tl.permute(t, (1, 0, 2)), (t.shape[1], t.shape[0] * t.shape[2]))
+
+
+@_jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b for each tile; one tile is shared by all warps."""
+    if a.shape[0] == 1:
+        a = tl.reshape(a, (a.shape[1], a.shape[2]))
+        b = tl.reshape(b, (b.shape[1], b.shape[2]))
+        flat = tl.reshape(acc, (acc.shape[1], acc.shape[2]))
+        acc = tl.reshape(tl.dot(a, b, flat, input_precision=PRECISION), acc.shape)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@_jit
+def _relu(t):
+    """max(t, 0); a NaN passes."""
+    return tl.where(t < 0, 0.0, t)
+
+
+@_jit
+def _relu_gradient(dy, before):
+    """dy where relu passed, else 0; where `before` is NaN it passes."""
+    return tl.where(before <= 0, 0.0, dy)
+
+
+@_jit
+def _vector(ptr, channel, ok):
+    """(1, CHANNELS) of a per-channel vector."""
+    return tl.load(ptr + channel, mask=ok, other=0.0)[None, :]
+
+
+@_jit
+def _load_source(
+    x_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr, offset, mask, channel, ok
+):  # fmt: skip
+    """What the convolution reads, 0 where not mask: x, relu(scale*x + shift), or dz.
+
+    dz = a*g [+ b*z + c] is read where z_ptr is given, x_ptr is then dy.
+    """
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
+    if z_ptr is not None:
+        z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if y_ptr is not None:
+            before = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        else:
+            before = z * _vector(scale_ptr, channel, ok) + _vector(shift_ptr, channel, ok)
+        dz = _relu_gradient(x.to(tl.float32), before) * _vector(a_ptr, channel, ok)
+        if b_ptr is not None:
+            dz += z * _vector(b_ptr, channel, ok) + _vector(c_ptr, channel, ok)
+        x = tl.where(mask, dz, 0.0).to(x.dtype)
+    elif scale_ptr is not None:
+        scale, shift = _vector(scale_ptr, channel, ok), _vector(shift_ptr, channel, ok)
+        activation = _relu(x.to(tl.float32) * scale + shift)
+        x = tl.where(mask, activation, 0.0).to(x.dtype)
+    return x
+
+
+@_jit
+def _weights(
+    w_ptr, tile, first_src, first_dst, tap, K, stride_k, stride_d, stride_tap,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
+    DST: tl.constexpr, TILES: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """(TILES, SRC, taps*DST): block-diagonal weights, column f those of tap[f], zero from 9 on.
+
+    TRANSPOSED: from channels out to channels in, as dx wants them.
+    """
+    src = first_src + tl.arange(0, SRC)
+    dst = first_dst + tl.arange(0, tap.shape[0]) % DST
+    if TRANSPOSED:
+        o, i = src[None, :, None], dst[None, None, :]
+    else:
+        i, o = src[None, :, None], dst[None, None, :]
+    tap = tap[None, None, :]
+    k = (tile + tl.arange(0, TILES)[:, None, None]) * (PACK * DOUT) + o
+    ok = (i // DIN == o // DOUT) & (i < PACK * DIN) & (o < PACK * DOUT) & (k < K) & (tap < 9)
+    offset = k.to(tl.int64) * stride_k + (i % DIN) * stride_d + tap * stride_tap
+    return tl.load(w_ptr + offset, mask=ok, other=0.0)
+
+
+@_jit
+def _dot_groups(
+    x, w, acc, SRC_D: tl.constexpr, DST_D: tl.constexpr, DST: tl.constexpr, PACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + x @ w, one group at a time: what is not finite stays in its group."""
+    row_group = (tl.arange(0, x.shape[2]) // SRC_D)[None, None, :]
+    column_group = (tl.arange(0, acc.shape[2]) % DST // DST_D)[None, None, :]
+    for group in range(PACK):
+        own = tl.where(row_group == group, x, 0.0)
+        acc = tl.where(column_group == group, _dot(own, w, acc, PRECISION), acc)
+    return acc
+
+
+@_jit
+def _thirds(d, DST: tl.constexpr):
+    """(TILES, P, 4*DST) -> its first three quarters, which are in the same registers."""
+    d = tl.permute(tl.reshape(d, (d.shape[0], d.shape[1], 2, 2, DST)), (0, 1, 4, 2, 3))
+    even, odd = tl.split(d)
+    d0, d2 = tl.split(even)
+    d1, _ = tl.split(odd)
+    return d0, d1, d2
+
+
+@_jit
+def _store_result(
+    y_ptr, offset, mask, y, scale_ptr, shift_ptr, residual_ptr, channel, ok
+):  # fmt: skip
+    """y, or relu(scale*y + shift [+ residual])."""
+    if scale_ptr is not None:
+        y = y * _vector(scale_ptr, channel, ok) + _vector(shift_ptr, channel, ok)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        y = _relu(y)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@_jit
+def _pivot(t, valid):
+    """The means of the columns of (P, CHANNELS): what statistics are taken relative to.
+
+    Any value near the data does; without one, their rounding would be that of the mean.
+    """
+    return tl.sum(tl.where(valid[:, None], t, 0.0), 0) / tl.sum(valid.to(tl.float32), 0)
+
+
+@_jit
+def _store_statistics(
+    partial_ptr, program, K, pivot, mean, m2, valid, count, channel, ok
+):  # fmt: skip
+    """Merge (P, CHANNELS) means and squared deviations of `count` (P,) values each into the partial
+    of this program: count, pivot, mean - pivot, squared deviation, four rows of K."""
+    count = tl.where(valid, count, 0.0)[:, None]
+    total = tl.sum(count, 0)  # at least 1
+    whole = tl.sum(tl.where(valid[:, None], mean * count, 0.0), 0) / total
+    off = mean - whole[None, :]
+    m2 = tl.sum(tl.where(valid[:, None], m2 + count * off * off, 0.0), 0)
+    row = partial_ptr + program.to(tl.int64) * 4 * K + channel
+    tl.store(row, total + tl.zeros_like(whole), mask=ok)
+    tl.store(row + K, pivot, mask=ok)
+    tl.store(row + 2 * K, whole, mask=ok)
+    tl.store(row + 3 * K, m2, mask=ok)
+
+
+# Kernels: convolution ------------------------------------------------------------------------
+
+
+@_jit
+def _conv(
+    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+    SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
+    tile, first_dst, n, h, w, pixel_ok, phase_h, phase_w,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
+    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSED: tl.constexpr,
+    STRIDED: tl.constexpr, PRECISION: tl.constexpr, GROUPWISE: tl.constexpr,
+):  # fmt: skip
+    """(TILES, BLOCK_P, DST): the convolution at the pixels n, h, w; GROUPWISE: see `_dot_groups`.
+
+    Forward reads row h*stride + (kh - 1)*dilation for tap kh; dx reads the row of dz of which h is
+    that row, (h - (kh - 1)*dilation) / stride, if there is one; STRIDED: stride is not 1, and all
+    h and w leave the remainders phase_h and phase_w.
+    """
+    SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
+    DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    acc = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
+    for chunk in range(0, PACK * SRC_D, SRC):
+        src, src_ok = _columns(tile, chunk, SRC_C, SRC_D, PACK, SRC, TILES)
+        for tap in range(9):
+            down = (tap // 3 - 1) * dilation
+            right = (tap % 3 - 1) * dilation
+            some = True
+            if TRANSPOSED:
+                src_h = h - down
+                src_w = w - right
+                ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
+                if STRIDED:
+                    some = ((phase_h - down) % stride == 0) & ((phase_w - right) % stride == 0)
+                    src_h //= stride
+                    src_w //= stride
+            else:
+                src_h = h * stride + down
+                src_w = w * stride + right
+                ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
+            ok &= (src_h < SRC_H) & (src_w < SRC_W)
+            if some:
+                pixel = (n * SRC_H + src_h) * SRC_W + src_w
+                x = _load_source(
+                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
+                    pixel[:, None] * SRC_C + src[None, :],
+                    ok[:, None] & src_ok[None, :], src, src_ok,
+                )  # fmt: skip
+                weights = _weights(
+                    w_ptr, tile, chunk, first_dst,
+                    tl.zeros((DST,), tl.int32) + tap, K, stride_k, stride_d, stride_tap,
+                    DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
+                )  # fmt: skip
+                x = _split(x, TILES)
+                if GROUPWISE:
+                    acc = _dot_groups(x, weights, acc, SRC_D, DST_D, DST, PACK, PRECISION)
+                else:
+                    acc = _dot(x, weights, acc, PRECISION)
+    return acc
+
+
+@_jit(do_not_specialize=_UNKNOWN_STRIDES)
+def _conv_rows_kernel(
+    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+    scale_ptr, shift_ptr, residual_ptr, out_ptr, partial_ptr, dz_ptr,
+    N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
+    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stride 1. Programs: (tiles / TILES, N*W / BLOCK_P, H / rows).
+
+    dx also writes dz, which it has in registers, for dweight.
+    """
+    SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
+    DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    tile = tl.program_id(0) * TILES
+    src, src_ok = _columns(tile, 0, SRC_C, SRC_D, PACK, SRC, TILES)
+    dst, dst_ok = _columns(tile, 0, DST_C, DST_D, PACK, DST, TILES)
+    column = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    column_ok = column < N * W
+    n = (column // W).to(tl.int64)
+    w = column % W
+    first = tl.program_id(2) * rows
+    last = tl.minimum(first + rows, H)  # output rows first to last - 1
+    pixel = (n * H + first - 1) * W + w  # of the input row; int64
+
+    quarter = tl.arange(0, 4 * DST) // DST  # kh, turned round in dx; the fourth is no tap
+    weights = ()
+    for kw in tl.static_range(3):
+        tap = tl.where(
+            quarter < 3, (2 - quarter) * 3 + 2 - kw if TRANSPOSED else quarter * 3 + kw, 9
+        )
+        weights += (
+            _weights(
+                w_ptr, tile, 0, 0, tap, K, stride_k, stride_d, stride_tap,
+                DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
+            ),
+        )  # fmt: skip
+
+    zero = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
+    upper = zero  # what rows above have given to output rows h - 1 and h
+    middle = zero
+    odd = tl.zeros((TILES, BLOCK_P), tl.float32)  # NaN where a result was not finite
+    pivot = tl.zeros((TILES * DST,), tl.float32)
+    mean = tl.zeros((BLOCK_P, TILES * DST), tl.float32)
+    m2 = mean
+    for turn in range(first - 1, last + 1, UNROLL):
+        for u in tl.static_range(UNROLL):
+            h = turn + u
+            row_ok = column_ok & (h >= 0) & (h < H)
+            d = tl.zeros((TILES, BLOCK_P, 4 * DST), tl.float32)
+            for kw in tl.static_range(3):
+                inside = row_ok & (w + (kw - 1) >= 0) & (w + (kw - 1) < W)
+                x = _load_source(
+                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
+                    (pixel + (kw - 1))[:, None] * SRC_C + src[None, :],
+                    inside[:, None] & src_ok[None, :], src, src_ok,
+                )  # fmt: skip
+                if dz_ptr is not None and kw == 1:
+                    own = column_ok & (h >= first) & (h < last)
+                    offset = pixel[:, None] * SRC_C + src[None, :]
+                    tl.store(dz_ptr + offset, x, mask=own[:, None] & src_ok[None, :])
+                x = _split(x, TILES)
+                d = _dot(x, weights[kw], d, PRECISION)
+            lower, same, above = _thirds(d, DST)
+            if (h > first) & (h <= last):  # row h - 1 is complete
+                result = upper + above
+                if PACK > 1:
+                    odd += tl.sum(result * 0.0, 2)
+                _store_result(
+                    out_ptr, (pixel - W)[:, None] * DST_C + dst[None, :],
+                    column_ok[:, None] & dst_ok[None, :], _join(result),
+                    scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
+                )  # fmt: skip
+                if partial_ptr is not None:
+                    if h == first + 1:
+                        pivot = _pivot(_join(result), column_ok)
+                    relative = _join(result) - pivot[None, :]
+                    off = relative - mean
+                    mean += off / (h - first)
+                    m2 += off * (relative - mean)
+            upper = middle + same
+            middle = lower
+            pixel += W
+    if PACK > 1:
+        if tl.max((odd != odd).to(tl.int32)) > 0:
+            tl.debug_barrier()  # what follows is written over what was written above
+            mean = tl.zeros((BLOCK_P, TILES * DST), tl.float32)
+            m2 = mean
+            for h in range(first, last):
+                result = _conv(
+                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+                    H, W, SRC_C, K, stride_k, stride_d, stride_tap, 1, 1,
+                    tile, 0, n, h + tl.zeros_like(w), w, column_ok, 0, 0,
+                    DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, False, PRECISION, True,
+                )  # fmt: skip
+                _store_result(
+                    out_ptr, ((n * H + h) * W + w)[:, None] * DST_C + dst[None, :],
+                    column_ok[:, None] & dst_ok[None, :], _join(result),
+                    scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
+                )  # fmt: skip
+                if partial_ptr is not None:
+                    if h == first:
+                        pivot = _pivot(_join(result), column_ok)
+                    relative = _join(result) - pivot[None, :]
+                    off = relative - mean
+                    mean += off / (h + 1 - first)
+                    m2 += off * (relative - mean)
+    if partial_ptr is not None:
+        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        count = (last - first) * 1.0 + tl.zeros((BLOCK_P,), tl.float32)
+        _store_statistics(
+            partial_ptr, program, DST_C, pivot, mean, m2, column_ok, count, dst, dst_ok
+        )
+
+
+@_jit
+def _conv_kernel(
+    x_ptr, in_scale_ptr, in_shift_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, out_ptr,
+    partial_ptr,
+    N, SRC_H, SRC_W, H, W, SRC_C, DST_C, K, stride_k, stride_d, stride_tap, stride, dilation,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
+    DST: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
+    PHASES: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Any stride and dilation. Programs: (tiles * DST_CHUNKS / TILES, pixels / BLOCK_P, PHASES^2).
+
+    dx: a program takes the pixels whose h and w leave the same remainders, its phase, of the
+    stride; for them the same taps count.
+    """
+    DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    tile = tl.program_id(0) // DST_CHUNKS * TILES
+    first_dst = tl.program_id(0) % DST_CHUNKS * DST
+    dst, dst_ok = _columns(tile, first_dst, DST_C, DST_D, PACK, DST, TILES)
+    rows = tl.cdiv(H, PHASES)
+    columns = tl.cdiv(W, PHASES)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = p // (rows * columns)
+    phase_h = tl.program_id(2) // PHASES
+    phase_w = tl.program_id(2) % PHASES
+    h = p // columns % rows * PHASES + phase_h
+    w = p % columns * PHASES + phase_w
+    pixel_ok = (n < N) & (h < H) & (w < W)
+    n = n.to(tl.int64)
+    acc = _conv(
+        x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None, w_ptr,
+        SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
+        tile, first_dst, n, h, w, pixel_ok, phase_h, phase_w,
+        DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PHASES > 1, PRECISION, False,
+    )  # fmt: skip
+    if PACK > 1:
+        if tl.max((acc * 0.0 != 0.0).to(tl.int32)) > 0:
+            acc = _conv(
+                x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None, w_ptr,
+                SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
+                tile, first_dst, n, h, w, pixel_ok, phase_h, phase_w,
+                DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, PHASES > 1, PRECISION, True,
+            )  # fmt: skip
+    acc = _join(acc)
+    pixel = (n * H + h) * W + w
+    _store_result(
+        out_ptr, pixel[:, None] * DST_C + dst[None, :], pixel_ok[:, None] & dst_ok[None, :], acc,
+        scale_ptr, shift_ptr, residual_ptr, dst, dst_ok,
+    )  # fmt: skip
+    if partial_ptr is not None:
+        pivot = _pivot(acc, pixel_ok)
+        acc -= pivot[None, :]
+        _store_statistics(
+            partial_ptr, tl.program_id(1), DST_C, pivot, acc, tl.zeros_like(acc), pixel_ok,
+            tl.full((BLOCK_P,), 1.0, tl.float32), dst, dst_ok,
+        )  # fmt: skip
+
+
+@_jit
+def _dweight_kernel(
+    dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
+    x_ptr, in_scale_ptr, in_shift_ptr, partial_ptr,
+    N, X_H, X_W, H, W, C, K, rows, splits, stride, dilation,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
+    DST: tl.constexpr, SRC_CHUNKS: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial[s, tap, k, d]. Programs: (tiles and chunks, 3, N*W / BLOCK_P * splits).
+
+    A program takes one kh and walks BLOCK_P columns (n, w) down `rows` rows of dz. The x of its
+    three taps are one tile with 4 times as many columns, the fourth zero: one dot, dz is loaded
+    once.
+    """
+    chunk = tl.program_id(0) % (SRC_CHUNKS * DST_CHUNKS)
+    tile = tl.program_id(0) // (SRC_CHUNKS * DST_CHUNKS) * TILES
+    first_src = chunk % SRC_CHUNKS * SRC
+    first_dst = chunk // SRC_CHUNKS * DST
+    kh = tl.program_id(1)
+    dst, dst_ok = _columns(tile, first_dst, K, DOUT, PACK, DST, TILES)
+    # columns of x: tile, tap, channel
+    f = tl.arange(0, TILES * 4 * SRC)
+    kw = f // SRC % 4
+    i = first_src + f % SRC
+    src = (tile + f // (4 * SRC)) * (PACK * DIN) + i
+    src_ok = (i < PACK * DIN) & (src < C) & (kw < 3)
+    column = tl.program_id(2) // splits * BLOCK_P + tl.arange(0, BLOCK_P)
+    column_ok = column < N * W
+    n = (column // W).to(tl.int64)
+    w = column % W
+    x_w = w[:, None] * stride + ((kw - 1) * dilation)[None, :]
+    x_ok = column_ok[:, None] & src_ok[None, :] & (x_w >= 0) & (x_w < X_W)
+    dz_ok = column_ok[:, None] & dst_ok[None, :]
+    first = tl.program_id(2) % splits * rows
+    x_columns = x_w.to(tl.int64) * C + src[None, :]
+    acc = tl.zeros((TILES, DST, 4 * SRC), tl.float32)
+    for h in range(first, tl.minimum(first + rows, H)):
+        dz = _load_source(
+            dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
+            ((n * H + h) * W + w)[:, None] * K + dst[None, :], dz_ok, dst, dst_ok,
+        )  # fmt: skip
+        x_h = h * stride + (kh - 1) * dilation
+        x = _load_source(
+            x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None,
+            ((n * X_H + x_h) * X_W)[:, None] * C + x_columns,
+            x_ok & (x_h >= 0) & (x_h < X_H), src, src_ok,
+        )  # fmt: skip
+        dz = tl.permute(_split(dz, TILES), (0, 2, 1))
+        acc = _dot(dz, _split(x, TILES), acc, PRECISION)
+    o = first_dst + tl.arange(0, DST)[None, :, None]
+    g = tl.arange(0, 4 * SRC)[None, None, :]
+    i = first_src + g % SRC
+    kw = g // SRC
+    k = (tile + tl.arange(0, TILES)[:, None, None]) * (PACK * DOUT) + o
+    ok = (i // DIN == o // DOUT) & (i < PACK * DIN) & (o < PACK * DOUT) & (k < K) & (kw < 3)
+    row = (tl.program_id(2) * 9 + kh * 3 + kw).to(tl.int64) * K + k
+    tl.store(partial_ptr + row * DIN + i % DIN, acc, mask=ok)
+
+
+# Kernels: a channel's sums, and what is done to each pixel -------------------------------------
+
+
+@_jit
+def _rows_and_channels(C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tl.arange(0, BLOCK_M), channel, channel < C
+
+
+@_jit
+def _batch_stats_kernel(
+    z_ptr, partial_ptr, M, C, blocks, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Partial statistics of `blocks` blocks. Programs: (C / BLOCK_C, splits)."""
+    row, channel, ok = _rows_and_channels(C, BLOCK_M, BLOCK_C)
+    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    count = tl.zeros((BLOCK_M,), tl.float32)
+    pivot = tl.zeros((BLOCK_C,), tl.float32)
+    begin = tl.program_id(1) * blocks
+    for block in range(begin, tl.minimum(begin + blocks, tl.cdiv(M, BLOCK_M))):
+        m = block * BLOCK_M + row
+        mask = (m < M)[:, None] & ok[None, :]
+        z = tl.load(z_ptr + m.to(tl.int64)[:, None] * C + channel[None, :], mask=mask, other=0.0)
+        z = z.to(tl.float32)
+        if block == begin:
+            pivot = _pivot(z, m < M)
+        z -= pivot[None, :]
+        count += (m < M).to(tl.float32)
+        off = tl.where(mask, z - mean, 0.0)
+        mean += off / tl.maximum(count, 1.0)[:, None]
+        m2 += tl.where(mask, off * (z - mean), 0.0)
+    _store_statistics(
+        partial_ptr, tl.program_id(1), C, pivot, mean, m2, count > 0, count, channel, ok
+    )
+
+
+@_jit
+def _merge_statistics_kernel(
+    partial_ptr, mean_ptr, var_ptr, splits, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Mean and biased variance from the partial statistics. Programs: (C / BLOCK_C,)."""
+    row, channel, ok = _rows_and_channels(C, BLOCK_S, BLOCK_C)
+    count = tl.zeros((BLOCK_C,), tl.float32)
+    mean = tl.zeros((BLOCK_C,), tl.float32)  # relative to the mean of the pivots
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    pivot = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        s = first + row
+        mask = (s < splits)[:, None] & ok[None, :]
+        partial = partial_ptr + s.to(tl.int64)[:, None] * 4 * C + channel[None, :]
+        n = tl.load(partial, mask=mask, other=0.0)
+        pivot += tl.sum(n * tl.load(partial + C, mask=mask, other=0.0), 0)
+        total += tl.sum(n, 0)
+    pivot /= tl.maximum(total, 1.0)
+    for first in range(0, splits, BLOCK_S):
+        s = first + row
+        mask = (s < splits)[:, None] & ok[None, :]
+        partial = partial_ptr + s.to(tl.int64)[:, None] * 4 * C + channel[None, :]
+        n = tl.load(partial, mask=mask, other=0.0)
+        means = tl.load(partial + C, mask=mask, other=0.0) - pivot[None, :]
+        means += tl.load(partial + 2 * C, mask=mask, other=0.0)
+        m2s = tl.load(partial + 3 * C, mask=mask, other=0.0)
+        means = tl.where(mask, means, 0.0)
+        added = tl.sum(n, 0)
+        theirs = tl.sum(n * means, 0) / tl.maximum(added, 1.0)
+        off = means - theirs[None, :]
+        both = tl.maximum(count + added, 1.0)
+        apart = theirs - mean
+        m2 += tl.sum(m2s + n * off * off, 0) + apart * apart * (count * added / both)
+        mean += apart * (added / both)
+        count += added
+    tl.store(mean_ptr + channel, pivot + mean, mask=ok)
+    tl.store(var_ptr + channel, m2 / tl.maximum(count, 1.0), mask=ok)
+
+
+@_jit
+def _bn_relu_backward_kernel(
+    dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, partial_ptr, M, C, blocks,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of g and g*xhat over `blocks` blocks. Programs: (C / BLOCK_C, splits)."""
+    row, channel, ok = _rows_and_channels(C, BLOCK_M, BLOCK_C)
+    scale, shift = _vector(scale_ptr, channel, ok), _vector(shift_ptr, channel, ok)
+    mean, rstd = _vector(mean_ptr, channel, ok), _vector(rstd_ptr, channel, ok)
+    sum_g = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_g_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    begin = tl.program_id(1) * blocks
+    for block in range(begin, tl.minimum(begin + blocks, tl.cdiv(M, BLOCK_M))):
+        m = block * BLOCK_M + row
+        mask = (m < M)[:, None] & ok[None, :]
+        offset = m.to(tl.int64)[:, None] * C + channel[None, :]
+        z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if y_ptr is not None:
+            before = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        else:
+            before = z * scale + shift
+        g = _relu_gradient(g, before)
+        sum_g += g
+        sum_g_xhat += tl.where(mask, g * ((z - mean) * rstd), 0.0)
+    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + channel
+    tl.store(partial, tl.sum(sum_g, 0), mask=ok)
+    tl.store(partial + C, tl.sum(sum_g_xhat, 0), mask=ok)
+
+
+@_jit
+def _sum_kernel(partial_ptr, out_ptr, splits, M, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[m, tap] = sum over s of partial[s, tap, m]. Programs: (M * TAPS / BLOCK,)."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = e < M * TAPS
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(splits):
+        total += tl.load(partial_ptr + tl.cast(s, tl.int64) * M * TAPS + e, mask=ok, other=0.0)
+    tl.store(out_ptr + e % M * TAPS + e // M, total.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@_jit
+def _normalize_relu_kernel(
+    z_ptr, scale_ptr, shift_ptr, residual_ptr, res_scale_ptr, res_shift_ptr, y_ptr, M, C,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Programs: (C / BLOCK_C, M / BLOCK_M)."""
+    row, channel, ok = _rows_and_channels(C, BLOCK_M, BLOCK_C)
+    m = tl.program_id(1) * BLOCK_M + row
+    mask = (m < M)[:, None] & ok[None, :]
+    offset = m.to(tl.int64)[:, None] * C + channel[None, :]
+    y = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    y = y * _vector(scale_ptr, channel, ok) + _vector(shift_ptr, channel, ok)
+    if residual_ptr is not None:
+        r = tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if res_scale_ptr is not None:
+            r = r * _vector(res_scale_ptr, channel, ok) + _vector(res_shift_ptr, channel, ok)
+        y += r
+    tl.store(y_ptr + offset, _relu(y).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@_jit
+def _input_gradient_kernel(
+    dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr, dz_ptr, M, C,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Programs: (C / BLOCK_C, M / BLOCK_M)."""
+    row, channel, ok = _rows_and_channels(C, BLOCK_M, BLOCK_C)
+    m = tl.program_id(1) * BLOCK_M + row
+    mask = (m < M)[:, None] & ok[None, :]
+    offset = m.to(tl.int64)[:, None] * C + channel[None, :]
+    dz = _load_source(
+        dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr, offset, mask, channel, ok
+    )
+    tl.store(dz_ptr + offset, dz, mask=mask)
+
+
+# Launchers -----------------------------------------------------------------------------------
+
+# Programs that a reduction over pixels is cut into: about four for each multiprocessor of the
+# largest GPUs. Not asked of the device, so that the same sums come out on every one.
+_PROGRAMS = 528
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **meta: Any
+) -> None:
+    """kernel[grid](*args), on the device of the first tensor and its current stream."""
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[grid](*args, num_warps=warps, num_stages=stages, **meta)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies; it matters to float32 alone."""
+    tf32 = torch.version.hip is None and torch.backends.cudnn.allow_tf32
+    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
+
+
+def _strided(weight: Tensor, transposed: bool) -> tuple[Tensor, tuple[int, int, int]]:
+    """The weight, and its strides for k, d and the tap.
+
+    From 8 channels a group on they are read in rows of the destination's channels: one copy first,
+    (3, 3, D, K), for dx (3, 3, K, D). Narrower ones are gathered as they are, once a program.
+    """
+    k, d, _, _ = weight.shape
+    if d < 8:
+        return weight, (weight.stride(0), weight.stride(1), weight.stride(3))
+    if transposed:
+        return weight.permute(2, 3, 0, 1).contiguous(), (d, 1, k * d)
+    return weight.permute(2, 3, 1, 0).contiguous(), (1, k, k * d)
+
+
+def _split_blocks(blocks: int, programs: int) -> tuple[int, int]:
+    """(splits, blocks in each) for about _PROGRAMS programs, of which `programs` are given."""
+    each = max(1, triton.cdiv(blocks * programs, _PROGRAMS))
+    return triton.cdiv(blocks, each), each
+
+
+def _vectors(z: Tensor, count: int) -> tuple[Tensor, ...]:
+    shape = (count, z.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=z.device).unbind()
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    gradient: tuple[Tensor | None, ...],
+    epilogue: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    stats: bool = False,
+    transposed: bool = False,
+    dz: Tensor | None = None,
+    stride: int,
+    groups: int,
+    dilation: int,
+) -> Tensor | None:
+    """Write the convolution of x, or of dz for dx, to `out`; returns partial statistics.
+
+    gradient: z, y, scale, shift, a, b, c of `_load_source`, z for `_conv_rows_kernel` only. dz:
+    where dx leaves it for dweight.
+    """
+    k, din = weight.shape[:2]
+    dout = k // groups
+    n, dst_c, h, w = out.shape
+    _, src_c, src_h, src_w = x.shape
+    src_d, dst_d = (dout, din) if transposed else (din, dout)
+    by_rows = stride == dilation == 1
+    z, y, scale, shift, a, b, c = gradient
+    config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None)
+    weight, strides = _strided(weight, transposed)
+    tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
+    meta: dict[str, Any] = {
+        "DIN": din,
+        "DOUT": dout,
+        "PACK": config.pack,
+        "SRC": config.src_width,
+        "DST": config.dst_width,
+        "TILES": config.tiles,
+        "BLOCK_P": config.block_p,
+        "TRANSPOSED": transposed,
+        "PRECISION": _precision(x.dtype),
+        "warps": config.warps,
+        "stages": config.stages,
+    }
+    partial = None
+    if config.rows:
+        grid = (tiles, triton.cdiv(n * w, config.block_p), triton.cdiv(h, config.rows))
+    else:
+        phases = stride if transposed else 1
+        pixels = n * triton.cdiv(h, phases) * triton.cdiv(w, phases)
+        chunks = triton.cdiv(config.pack * dst_d, config.dst_width)
+        grid = (tiles * chunks, triton.cdiv(pixels, config.block_p), phases * phases)
+    if stats:
+        partial = x.new_empty((grid[1] * grid[2], 4, dst_c), dtype=torch.float32)
+    if config.rows:
+        tensors = (x, z, y, scale, shift, a, b, c, weight, *epilogue, out, partial, dz)
+        sizes: tuple[int, ...] = (n, h, w, src_c, dst_c, k, config.rows)
+        _launch(_conv_rows_kernel, grid, *tensors, *sizes, *strides, UNROLL=config.unroll, **meta)
+    else:
+        assert z is None
+        tensors = (x, scale, shift, weight, *epilogue, out, partial)
+        sizes = (n, src_h, src_w, h, w, src_c, dst_c, k, *strides, stride, dilation)
+        _launch(_conv_kernel, grid, *tensors, *sizes, DST_CHUNKS=chunks, PHASES=phases, **meta)
+    return partial
+
+
+def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
+    """Whether dx is `_conv_rows_kernel`'s."""
+    k, din = weight.shape[:2]
+    by_rows = stride == dilation == 1
+    return _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True).rows > 0
+
+
+def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
+    """z of one group, by torch's own convolution."""
+    if prologue is not None:
+        x = normalize_relu(x, *prologue)
+    return reference.conv_stats(x, weight, stats=False, **conv)[0]
+
+
+def _source(prologue: Affine | None) -> tuple[Tensor | None, ...]:
+    scale, shift = (None, None) if prologue is None else prologue
+    return None, None, scale, shift, None, None, None
+
+
+def _out(x: Tensor, k: int, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _blocks(z: Tensor) -> tuple[int, int, dict[str, int]]:
+    """M, C and the blocks of a kernel over the (M, C) matrix of pixels and channels."""
+    n, c, h, w = z.shape
+    block_c = min(128, _pow2(c, 1))
+    return n * h * w, c, {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c}
+
+
+def _merged(partial: Tensor) -> tuple[Tensor, Tensor]:
+    splits, _, c = partial.shape
+    mean, var = _vectors(partial[:, 0], 2)
+    _launch(
+        _merge_statistics_kernel,
+        (triton.cdiv(c, 32),),
+        partial,
+        mean,
+        var,
+        splits,
+        c,
+        BLOCK_S=64,
+        BLOCK_C=32,
+        warps=4,
+        stages=1,
+    )
+    return mean, var
+
+
+def conv_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """y = relu(scale * conv(x) + shift [+ residual])."""
+    conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
+    if groups == 1:
+        return normalize_relu(
+            _dense_conv(x, weight, prologue, conv), scale, shift, residual=residual
+        )
+    y = _out(x, weight.shape[0], stride)
+    _convolve(x, weight, y, gradient=_source(prologue), epilogue=(scale, shift, residual), **conv)
+    return y
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv(x), and the mean and biased variance of its channels if `stats`."""
+    conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
+    if groups == 1:
+        z = _dense_conv(x, weight, prologue, conv)
+        if stats:
+            return z, *batch_stats(z)
+    else:
+        z = _out(x, weight.shape[0], stride)
+        partial = _convolve(x, weight, z, gradient=_source(prologue), stats=stats, **conv)
+        if partial is not None:
+            return z, *_merged(partial)
+    empty = x.new_empty(0, dtype=torch.float32)
+    return z, empty, empty
+
+
+def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over N, H and W; zeros for an empty batch."""
+    m, c, meta = _blocks(z)
+    channels = triton.cdiv(c, meta["BLOCK_C"])
+    splits, each = _split_blocks(triton.cdiv(m, meta["BLOCK_M"]), channels)
+    partial = z.new_empty((splits, 4, c), dtype=torch.float32)
+    _launch(
+        _batch_stats_kernel, (channels, splits), z, partial, m, c, each, warps=4, stages=2, **meta
+    )
+    return _merged(partial)
+
+
+def normalize_relu(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+) -> Tensor:
+    """y = relu(scale * z + shift [+ residual | + rs * residual + rh]), residual_affine=(rs, rh)."""
+    y = torch.empty_like(z, memory_format=torch.channels_last)
+    m, c, meta = _blocks(z)
+    grid = (triton.cdiv(c, meta["BLOCK_C"]), triton.cdiv(m, meta["BLOCK_M"]))
+    affine = residual_affine or (None, None)
+    tensors = (z, scale, shift, residual, *affine, y)
+    _launch(_normalize_relu_kernel, grid, *tensors, m, c, warps=4, stages=1, **meta)
+    return y
+
+
+def bn_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    m, c, meta = _blocks(z)
+    channels = triton.cdiv(c, meta["BLOCK_C"])
+    splits, each = _split_blocks(triton.cdiv(m, meta["BLOCK_M"]), channels)
+    partial = z.new_empty((splits, 2, c), dtype=torch.float32)
+    tensors = (dy, z, y, scale, shift, mean, rstd, partial)
+    _launch(
+        _bn_relu_backward_kernel,
+        (channels, splits),
+        *tensors,
+        m,
+        c,
+        each,
+        warps=4,
+        stages=2,
+        **meta,
+    )
+    sums = z.new_empty((2, c), dtype=torch.float32)
+    _sum(partial, sums, taps=1)
+    sum_g, sum_g_xhat = sums.unbind()
+    return sum_g, sum_g_xhat
+
+
+def _sum(partial: Tensor, out: Tensor, *, taps: int) -> None:
+    """out = the sum of partial (splits, taps, ...) over its first dimension, taps last."""
+    m = out.numel() // taps
+    grid = (triton.cdiv(out.numel(), 256),)
+    args = (partial, out, partial.shape[0], m)
+    _launch(_sum_kernel, grid, *args, TAPS=taps, BLOCK=256, warps=4, stages=1)
+
+
+def bn_relu_input_gradient(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    *,
+    y: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """dz = a*g [+ b*z + c]; with inplace, in dy's memory."""
+    dz = dy if inplace else torch.empty_like(z, memory_format=torch.channels_last)
+    m, channels, meta = _blocks(z)
+    grid = (triton.cdiv(channels, meta["BLOCK_C"]), triton.cdiv(m, meta["BLOCK_M"]))
+    tensors = (dy, z, y, scale, shift, a, b, c, dz)
+    _launch(_input_gradient_kernel, grid, *tensors, m, channels, warps=4, stages=1, **meta)
+    return dz
+
+
+def _dweight(
+    dy: Tensor,
+    gradient: tuple[Tensor | None, ...],
+    x: Tensor,
+    weight: Tensor,
+    prologue: Affine | None,
+    stride: int,
+    groups: int,
+    dilation: int,
+) -> Tensor:
+    """dweight; gradient: z, y, scale, shift, a, b, c of `_load_source`."""
+    k, din = weight.shape[:2]
+    dout = k // groups
+    n, _, h, w = dy.shape
+    _, c, x_h, x_w = x.shape
+    config = _conv_config(din, dout, groups, h, False, x.dtype, True)
+    src, dst = config.src_width, min(config.dst_width, 32)
+    src_chunks = triton.cdiv(config.pack * din, src)
+    dst_chunks = triton.cdiv(config.pack * dout, dst)
+    half = x.dtype.itemsize == 2
+    # 32-wide products are shared by four warps: the sums of 4*32 columns fill their registers
+    block_p, width = (32, config.tiles) if max(src, dst) <= 16 else (64 if half else 32, 1)
+    if width > 1 and config.pack * max(din, dout) % 8:
+        block_p = 16  # channels are loaded one at a time, by as many addresses
+    tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
+    programs = tiles * src_chunks * dst_chunks
+    columns = triton.cdiv(n * w, block_p)
+    splits, rows = _split_blocks(h, programs * 3 * columns)
+    partial = x.new_empty((columns * splits, 9, k, din), dtype=torch.float32)
+    in_scale, in_shift = (None, None) if prologue is None else prologue
+    _launch(
+        _dweight_kernel,
+        (programs, 3, columns * splits),
+        *(dy, *gradient, x, in_scale, in_shift, partial),
+        *(n, x_h, x_w, h, w, c, k, rows, splits, stride, dilation),
+        DIN=din,
+        DOUT=dout,
+        PACK=config.pack,
+        SRC=src,
+        DST=dst,
+        SRC_CHUNKS=src_chunks,
+        DST_CHUNKS=dst_chunks,
+        TILES=width,
+        BLOCK_P=block_p,
+        PRECISION=_precision(x.dtype),
+        warps=width if width > 1 else 4,
+        stages=2 if gradient[0] is None and prologue is None else 1,
+    )
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    _sum(partial, dweight, taps=9)
+    return dweight.contiguous(memory_format=weight_format(weight))
+
+
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bn: BNGradient | None = None,
+    y: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the convolution's input and weight, None where not needed."""
+    conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
+    if groups == 1:
+        dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
+        if prologue is not None and need_dweight:
+            x = normalize_relu(x, *prologue)
+        needs: dict[str, Any] = {"need_dx": need_dx, "need_dweight": need_dweight}
+        return reference.conv_backward(dz, x, weight, **conv, **needs)
+    gradient: tuple[Tensor | None, ...] = (None,) * 7
+    dx = dweight = dz = None
+    if bn is not None:
+        z, scale, shift, a, b, c = bn
+        if not need_dx or _walks_rows(x, weight, **conv):
+            gradient = (z, y, scale, shift, a, b, c)
+            if need_dx and need_dweight:
+                # as many bytes as to read dy and z again, and nothing to compute at that load
+                dz = torch.empty_like(dy, memory_format=torch.channels_last)
+        else:
+            # `_conv_kernel` would make each dz up to nine times
+            dy = bn_relu_input_gradient(dy, *bn, y=y)
+    if need_dx:
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        _convolve(dy, weight, dx, gradient=gradient, transposed=True, dz=dz, **conv)
+        if dz is not None:
+            dy, gradient = dz, (None,) * 7
+    if need_dweight:
+        dweight = _dweight(dy, gradient, x, weight, prologue, **conv)
+    return dx, dweight
