@@ -9,6 +9,11 @@
 #include "problem.h"
 
 namespace py = pybind11;
+
+namespace resnext_kernels::cuda {
+void bind(py::module_& m);  // cuda/bindings.cpp
+}
+
 using namespace resnext_kernels;
 using cpu::Affine;
 using cpu::ReluBNGradient;
@@ -104,4 +109,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize_relu", &normalize_relu, nogil);
   m.def("bn_relu_backward", &bn_relu_backward, nogil);
   m.def("bn_relu_input_gradient", &bn_relu_input_gradient, nogil);
+
+  cuda::bind(m);
 }

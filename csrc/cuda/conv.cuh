@@ -1,0 +1,681 @@
+// The grouped 3x3 convolution on tensor cores, forward and backward, NHWC, float16 or bfloat16, float32 sums.
+//
+//   forward    out = conv(a), a = in or relu(in_scale * in + in_shift), zero outside the image; then either
+//              y = relu(out_scale * out + out_shift [+ side]) or z = out with the moments of its channels
+//   backward   dz = a * g [+ b * z + c], g = dy where the ReLU passed, else 0
+//              dx = conv(dz) with the weights transposed and turned, dweight[tap] = sum dz shifted by tap * side
+//
+// A block takes up to 64 channels (whole groups) and walks down `streams` images side by side. Each step brings the
+// next input rows into a ring in shared memory (16-byte cp.async, one step ahead), where the previous BatchNorm or
+// the gradient of this one is applied in place by the thread that fetched them, and makes the next output rows from
+// the three or four rows that are there: every input pixel enters shared memory once, halo rows are never read again.
+//
+//   ring (3 groups of rows) x (streams x pitch pixels) x 128 bytes (8 chunks of 8 channels)
+//   chunk c of pixel p lies at 128 p + 16 (c ^ (p / stride & 7)): ldmatrix reads 8 neighbours without conflicts
+//
+// Forward and dx: 16 positions are the rows of one m16n8k16, taken by ldmatrix from pixels shifted by each tap; the
+// weights of a pair of output chunks stay in registers for the whole walk. A pair reads `Q` input chunks: with Q > 1
+// the 16 columns of a product are two chunks of one tap; with Q == 1 (4 or 8 channels per group, or 1 or 2) two taps
+// of one chunk.
+//
+//   Q == 1, D == 4, columns of a:  [ tap 0: ch 0..7 | tap 1: ch 0..7 ]     rows of b, columns = 8 output channels:
+//                                                  tap 0: [ w 0 ; 0 w ]    tap 1: [ w 0 ; 0 w ]
+//
+// dweight: the positions are the summed dimension, both operands come from the same memory by ldmatrix.trans:
+// 16 output x 8 input channels of one tap with Q > 1, two taps x 8 output x 8 input channels with Q == 1.
+//
+// Warp w: output chunks 2 (w % 4) and the next; positions (forward, dx), or input chunks with Q >= 4 (dweight), are
+// divided between w / 4 = 0 and 1. Statistics and dweight leave the block as partial results, one set per part, which
+// pointwise.cu adds in a fixed order.
+#pragma once
+
+#include "mma.cuh"
+#include "params.h"
+
+namespace resnext_kernels::cuda {
+
+enum class Pass { forward, backward, dx, dweight };  // backward: dx and dweight from one reading of dz
+
+__device__ __forceinline__ int divide(int x, uint32_t magic) { return static_cast<int>(x * magic >> kMagicShift); }
+
+// Row of the fragment table that connects input row `i` of a step to its output row `r`; none outside 0..2.
+__host__ __device__ constexpr int tap_row(Geometry g, int i, int r) {
+  return g == Geometry::s1 ? i - r : g == Geometry::s2 ? i : r + 1 - 2 * i;
+}
+// The same for the input column at shift `s` and output column `c` of a position.
+__host__ __device__ constexpr int tap_column(Geometry g, int s, int c) { return g == Geometry::t2 ? c + 1 - 2 * s : s; }
+__host__ __device__ constexpr bool is_tap(int row_or_column) { return row_or_column >= 0 && row_or_column <= 2; }
+
+template <class T, int Q, Geometry G, Pass P>
+struct Conv {
+  static constexpr int kGroupRows = rows_per_group(G), kStepRows = rows_per_step(G);
+  static constexpr int kInStride = in_stride(G), kOutStride = out_stride(G);
+  static constexpr int kInRows = G == Geometry::s1 ? 4 : G == Geometry::s2 ? 3 : 2;  // that one step reads
+  static constexpr int kShifts = G == Geometry::t2 ? 2 : 3;                          // of the input column
+  static constexpr int kOutputs = kStepRows * kOutStride;                            // pixels per position and step
+  static constexpr bool kForward = P == Pass::forward;
+  static constexpr bool kHasConv = P != Pass::dweight, kHasDweight = P == Pass::backward || P == Pass::dweight;
+  static constexpr int kSplits = Q <= 2 ? 2 : 1;  // of the positions, in dweight
+  static constexpr int kPairs = Q / 2 > 0 ? Q / 2 : 1;
+
+  // Of one output chunk. Q == 1: [row of taps][0: the two taps of a product of 16, 1: the tap alone].
+  struct Weights {
+    uint32_t pair[Q == 1 ? 3 : 1][2];
+    uint32_t single[Q == 1 ? 3 : 1];
+    uint32_t full[Q > 1 ? 9 : 1][kPairs][2];
+  };
+  struct Gradient {
+    float pair[Q == 1 ? 2 : 1][3][4];  // [chunk][row of taps]
+    float single[Q == 1 ? 2 : 1][3][2];
+    float full[Q > 1 ? 9 : 1][2][4];  // [tap][input chunk]
+  };
+  struct Moments {
+    float n, mean[2][2], m2[2][2];  // [chunk][column]
+  };
+
+  const ConvParams& p;
+  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int pair, half;        // output chunks 2 * pair, 2 * pair + 1; which half of the positions or input chunks
+  const int channel0, chunks;  // of the block
+  int band;                    // first input chunk that the pair reads
+  int column0, image0, step0, step_count;
+  uint32_t ring;
+
+  __device__ __forceinline__ explicit Conv(const ConvParams& params, uint32_t shared)
+      : p(params),
+        pair(P == Pass::dweight && Q == 8 ? 2 * blockIdx.z + warp % 2 : warp % 4),
+        half(P == Pass::dweight && Q == 8 ? warp / 2 : warp / 4),
+        channel0(blockIdx.x * params.block_chunks * 8),
+        chunks(min(params.block_chunks, params.C / 8 - static_cast<int>(blockIdx.x) * params.block_chunks)),
+        ring(shared) {
+    band = Q == 1 ? 0 : min(16 * pair / p.D * p.D / 8, p.slots - Q);
+    const int part = blockIdx.y;
+    const int walk = part / (p.strips * p.segments), rest = part % (p.strips * p.segments);
+    column0 = rest % p.strips * p.units * kUnit;
+    step0 = rest / p.strips * p.segment_steps;
+    step_count = min(p.segment_steps, p.steps - step0);
+    image0 = walk * p.walk * p.streams;
+  }
+
+  __device__ __forceinline__ bool active() const { return 2 * pair < chunks; }
+  __device__ __forceinline__ int row_pixels() const { return p.streams * p.pitch; }
+  __device__ __forceinline__ int group_bytes() const { return kGroupRows * row_pixels() * kPixelBytes; }
+  __device__ __forceinline__ int out_row_pixels() const { return p.tiles * 2 * kUnit * kOutStride; }
+  __device__ __forceinline__ int side_bytes() const { return kStepRows * out_row_pixels() * kPixelBytes; }
+
+  static __device__ __forceinline__ uint32_t place(int pixel, int chunk, int stride) {
+    return pixel * kPixelBytes + ((chunk ^ (pixel / stride & 7)) << 4);
+  }
+
+  // ---- weights -------------------------------------------------------------------------------------------------
+
+  // Nine taps of one (out, in) pair of channels as halves of five words, zeros where not `valid`.
+  static __device__ __forceinline__ void taps(uint32_t (&to)[5], uint32_t slab, int element, bool valid) {
+    uint32_t words[5];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = valid ? load_shared_word(slab + (element / 2 + i) * 4) : 0;
+    const int shift = element % 2 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = __funnelshift_r(words[i], words[i + 1], shift);
+    to[4] = words[4] >> shift;
+  }
+  static __device__ __forceinline__ uint32_t two(const uint32_t (&lo)[5], const uint32_t (&hi)[5], int tap) {
+    return __byte_perm(lo[tap / 2], hi[tap / 2], tap % 2 ? 0x7632 : 0x5410);
+  }
+
+  // From global to shared memory as they lie there, (out channel, in channel, tap), then into fragments of mma.
+  __device__ __forceinline__ void load_weights(Weights (&weights)[2]) {
+    const int row = p.D * 9, rows = chunks * 8;
+    const int pad = p.D % 8 == 0 ? 8 : 0;  // spreads the rows over the banks
+    const char* from = static_cast<const char*>(p.weight) + static_cast<int64_t>(channel0) * row * 2;
+    if (pad) {
+      for (int r = warp; r < rows; r += kThreads / 32) {
+        for (int i = lane; i < row / 8; i += 32) {
+          copy_async(ring + (r * (row + pad) + i * 8) * 2, from + (r * row + i * 8) * 2, true);
+        }
+        if (lane == 0) store_shared(ring + (r * (row + pad) + row) * 2, make_uint4(0, 0, 0, 0));
+      }
+    } else {
+      for (int i = thread; i < rows * row / 8; i += kThreads) copy_async(ring + i * 16, from + i * 16, true);
+      if (thread == 0) store_shared(ring + rows * row * 2, make_uint4(0, 0, 0, 0));
+    }
+    wait_copies();
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int out = (2 * pair + j) * 8 + lane / 4;  // channel that this lane's column of b makes
+      const int group = out / p.D * p.D;
+#pragma unroll
+      for (int k = 0; k < (Q == 1 ? 1 : Q); ++k) {
+        const int in = (Q == 1 ? 2 * pair + j : band + k) * 8 + lane % 4 * 2;
+        uint32_t lo[5], hi[5];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int i = in + e - group;
+          const bool valid = active() && 2 * pair + j < chunks && i >= 0 && i < p.D;
+          const int element = !kForward ? (in + e) * (row + pad) + (out - group) * 9 : out * (row + pad) + i * 9;
+          taps(e ? hi : lo, ring, element, valid);
+        }
+#pragma unroll
+        for (int t = 0; t < 9; ++t) {
+          const int y = t / 3, x = t % 3;
+          // the fragment table is indexed by where the input pixel lies; t2 keeps the tap's own place
+          uint32_t value = two(lo, hi, t);
+          if (G == Geometry::s1 && !kForward) value = two(lo, hi, 8 - t);
+          if (Q > 1) {
+            weights[j].full[t][k / 2][k % 2] = value;
+          } else if (G == Geometry::t2) {
+            if (x == 1) weights[j].single[y] = value;
+            if (x != 1) weights[j].pair[y][x == 0] = value;
+          } else {
+            if (x == 2) weights[j].single[y] = value;
+            if (x != 2) weights[j].pair[y][x] = value;
+          }
+        }
+      }
+    }
+    __syncthreads();  // the ring takes the place
+  }
+
+  // ---- rows into shared memory ---------------------------------------------------------------------------------
+
+  // Calls f(shared offset, global element, valid) for each of this thread's 16 bytes of input rows `group`.
+  template <class F>
+  __device__ __forceinline__ void each_input(int walked, int group, F f) const {
+    const int chunk = thread % kSlots;
+    if (chunk >= p.slots) return;
+    const int pixels = row_pixels();
+    const int first = G == Geometry::t2 ? group : 2 * group - 1;
+    for (int i = thread / kSlots; i < kGroupRows * pixels; i += kThreads / kSlots) {
+      const int r = kGroupRows == 2 && i >= pixels, pixel = i - r * pixels;
+      const int stream = divide(pixel, p.pitch_magic), slot = pixel - stream * p.pitch;
+      const int row = first + r, column = kInStride * column0 + slot - (G != Geometry::t2);
+      const int image = image0 + walked * p.streams + stream;
+      const bool valid = image < p.N && row >= 0 && row < p.in_h && column >= 0 && column < p.in_w && chunk < chunks;
+      const int64_t element =
+          ((static_cast<int64_t>(image) * p.in_h + row) * p.in_w + column) * p.C + channel0 + chunk * 8;
+      f(r * pixels * kPixelBytes + place(pixel, chunk, kInStride), valid ? element : 0, valid);
+    }
+  }
+
+  // The same for the pixels of output step `step`.
+  template <class F>
+  __device__ __forceinline__ void each_output(int walked, int step, F f) const {
+    const int chunk = thread % kSlots;
+    const int pixels = out_row_pixels(), per_stream = p.units * kUnit * kOutStride;
+    for (int i = thread / kSlots; i < kStepRows * pixels; i += kThreads / kSlots) {
+      const int r = kStepRows == 2 && i >= pixels, pixel = i - r * pixels;
+      const int stream = divide(pixel, p.stream_magic);
+      const int row = kStepRows * step + r, column = kOutStride * column0 + pixel - stream * per_stream;
+      const int image = image0 + walked * p.streams + stream;
+      const bool valid = stream < p.streams && image < p.N && row < p.out_h && column < p.out_w && chunk < chunks;
+      const int64_t element =
+          ((static_cast<int64_t>(image) * p.out_h + row) * p.out_w + column) * p.C + channel0 + chunk * 8;
+      f(place(i, chunk, kOutStride), valid ? element : 0, valid);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_input(int turn, int walked, int group) const {
+    const uint32_t to = ring + turn % kRing * group_bytes();
+    each_input(walked, group, [&](uint32_t offset, int64_t element, bool valid) {
+      copy_async(to + offset, static_cast<const T*>(p.in) + element, valid);
+      if constexpr (!kForward) {
+        if (p.in_z) copy_async(ring + p.z_offset + offset, static_cast<const T*>(p.in_z) + element, valid);
+        if (p.in_y) copy_async(ring + p.y_offset + offset, static_cast<const T*>(p.in_y) + element, valid);
+      }
+    });
+  }
+  __device__ __forceinline__ void fetch_side(int turn, int walked, int step) const {
+    if (!p.side) return;
+    const uint32_t to = ring + p.side_offset + turn % 2 * side_bytes();
+    each_output(walked, step, [&](uint32_t offset, int64_t element, bool valid) {
+      copy_async(to + offset, static_cast<const T*>(p.side) + element, valid);
+    });
+  }
+
+  // In place, on what this thread fetched itself; what lies outside the image stays zero.
+  static __device__ __forceinline__ void activate(uint32_t at, const Vector8& scale, const Vector8& shift) {
+    float v[8];
+    unpack<T>(v, load_shared(at));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = relu(scale.v[i] * v[i] + shift.v[i]);
+    store_shared(at, pack<T>(v));
+  }
+  __device__ __forceinline__ void transform_input(int turn, int walked, int group) const {
+    const uint32_t base = ring + turn % kRing * group_bytes();
+    const int channel = channel0 + thread % kSlots * 8;
+    if (thread % kSlots >= chunks) return;
+    if constexpr (kForward) {
+      if (!p.in_scale) return;
+      const Vector8 scale(p.in_scale + channel), shift(p.in_shift + channel);
+      each_input(walked, group, [&](uint32_t offset, int64_t, bool valid) {
+        if (valid) activate(base + offset, scale, shift);
+      });
+    } else {
+      if (!p.in_z) return;
+      each_input(walked, group, [&](uint32_t offset, int64_t, bool valid) {
+        if (!valid) return;
+        float g[8], z[8];
+        unpack<T>(g, load_shared(base + offset));
+        unpack<T>(z, load_shared(ring + p.z_offset + offset));
+        if (p.in_y) {
+          float y[8];
+          unpack<T>(y, load_shared(ring + p.y_offset + offset));
+#pragma unroll
+          for (int i = 0; i < 8; ++i) g[i] = y[i] <= 0.f ? 0.f : g[i];
+        } else {
+          const Vector8 scale(p.in_scale + channel), shift(p.in_shift + channel);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) g[i] = scale.v[i] * z[i] + shift.v[i] <= 0.f ? 0.f : g[i];
+        }
+        const Vector8 a(p.a + channel);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) g[i] *= a.v[i];
+        if (p.b) {
+          const Vector8 b(p.b + channel), c(p.c + channel);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) g[i] += b.v[i] * z[i] + c.v[i];
+        }
+        store_shared(base + offset, pack<T>(g));
+      });
+    }
+  }
+  __device__ __forceinline__ void transform_side(int turn, int walked, int step) const {
+    if (!p.side || !p.side_scale || thread % kSlots >= chunks) return;
+    const uint32_t base = ring + p.side_offset + turn % 2 * side_bytes();
+    const int channel = channel0 + thread % kSlots * 8;
+    const Vector8 scale(p.side_scale + channel), shift(p.side_shift + channel);
+    each_output(walked, step, [&](uint32_t offset, int64_t, bool valid) {
+      if (valid) activate(base + offset, scale, shift);
+    });
+  }
+
+  // ---- products ------------------------------------------------------------------------------------------------
+
+  // Shared address of input row i of the step that turn `turn` completes.
+  __device__ __forceinline__ uint32_t input_row(int turn, int i) const {
+    const int slot = (i < kGroupRows ? turn + kRing - 1 : turn) % kRing;
+    return ring + slot * group_bytes() + i % kGroupRows * row_pixels() * kPixelBytes;
+  }
+  // First input pixel of a lane's row of unit u; units behind the last one read the first.
+  __device__ __forceinline__ int unit_pixel(int u) const {
+    u = u < p.units * p.streams ? u : 0;
+    const int stream = divide(u, p.unit_magic);
+    return stream * p.pitch + kInStride * ((u - stream * p.units) * kUnit + lane % 8);
+  }
+
+  __device__ __forceinline__ void convolve(float (&sum)[kOutputs][2][4], const Weights (&weights)[2], int turn,
+                                           int tile) const {
+    const int pixel = unit_pixel(2 * tile + lane / 8 % 2);
+#pragma unroll
+    for (int i = 0; i < kInRows; ++i) {
+      const uint32_t row = input_row(turn, i);
+      if constexpr (Q == 1) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t a[4], last[2];
+          load_matrices(a, row + place(pixel + lane / 16, 2 * pair + j, kInStride));
+          if constexpr (kShifts == 3) {
+            load_matrices(last, row + place(pixel + 2, 2 * pair + j, kInStride));
+          } else {
+            last[0] = a[0], last[1] = a[1];
+          }
+#pragma unroll
+          for (int o = 0; o < kOutputs; ++o) {
+            const int y = tap_row(G, i, o / kOutStride);
+            if (!is_tap(y)) continue;
+            if (kOutStride == 1 || o % 2 == 1) {
+              Mma<T>::k16(sum[o][j], a[0], a[1], a[2], a[3], weights[j].pair[y][0], weights[j].pair[y][1]);
+            }
+            if (kOutStride == 1 || o % 2 == 0) Mma<T>::k8(sum[o][j], last[0], last[1], weights[j].single[y]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int s = 0; s < kShifts; ++s) {
+#pragma unroll
+          for (int k = 0; k < kPairs; ++k) {
+            uint32_t a[4];
+            load_matrices(a, row + place(pixel + s, band + 2 * k + lane / 16, kInStride));
+#pragma unroll
+            for (int o = 0; o < kOutputs; ++o) {
+              const int y = tap_row(G, i, o / kOutStride), x = tap_column(G, s, o % kOutStride);
+              if (!is_tap(y) || !is_tap(x)) continue;
+#pragma unroll
+              for (int j = 0; j < 2; ++j) {
+                const auto& b = weights[j].full[3 * y + x][k];
+                Mma<T>::k16(sum[o][j], a[0], a[1], a[2], a[3], b[0], b[1]);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Adds the products of one tile's dz with the input at the outputs' places. The operands' rows are positions.
+  __device__ __forceinline__ void add_dweight(Gradient& gradient, int turn, int tile) const {
+    const int in_chunk = Q == 1 ? 2 * pair : band + (Q == 2 ? 0 : 2 * half);
+    const uint32_t side = ring + p.side_offset + turn % 2 * side_bytes();
+    uint32_t b[kOutputs][4];  // [2 * input chunk + half of the positions]
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      const int position = 16 * tile + lane % 16;
+      const int at = o / kOutStride * out_row_pixels() + position * kOutStride + o % kOutStride;
+      load_transposed(b[o], side + place(at, in_chunk + lane / 16, kOutStride));
+    }
+    const int pixel = unit_pixel(2 * tile + lane / 16);
+#pragma unroll
+    for (int i = 0; i < kInRows; ++i) {
+      const uint32_t row = input_row(turn, i);
+      if constexpr (Q == 1) {
+        const int pixel_x2 = unit_pixel(2 * tile + lane / 8 % 2);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t a[4], last[2];  // a: two shifts of 8 channels
+          load_transposed(a, row + place(pixel + lane / 8 % 2, 2 * pair + j, kInStride));
+          if constexpr (kShifts == 3) {
+            load_transposed(last, row + place(pixel_x2 + 2, 2 * pair + j, kInStride));
+          } else {
+            last[0] = a[0], last[1] = a[2];
+          }
+#pragma unroll
+          for (int o = 0; o < kOutputs; ++o) {
+            const int y = tap_row(G, i, o / kOutStride);
+            if (!is_tap(y)) continue;
+            if (kOutStride == 1 || o % 2 == 1) {
+              Mma<T>::k16(gradient.pair[j][y], a[0], a[1], a[2], a[3], b[o][2 * j], b[o][2 * j + 1]);
+            }
+            if (kOutStride == 1 || o % 2 == 0) {
+              float d[4] = {gradient.single[j][y][0], gradient.single[j][y][1], 0.f, 0.f};
+              Mma<T>::k16(d, last[0], 0, last[1], 0, b[o][2 * j], b[o][2 * j + 1]);
+              gradient.single[j][y][0] = d[0], gradient.single[j][y][1] = d[1];
+            }
+          }
+        }
+      } else {
+#pragma unroll
+        for (int s = 0; s < kShifts; ++s) {
+          uint32_t a[4];  // 16 channels of dz
+          load_transposed(a, row + place(pixel + s, 2 * pair + lane / 8 % 2, kInStride));
+#pragma unroll
+          for (int o = 0; o < kOutputs; ++o) {
+            const int y = tap_row(G, i, o / kOutStride), x = tap_column(G, s, o % kOutStride);
+            if (!is_tap(y) || !is_tap(x)) continue;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              Mma<T>::k16(gradient.full[3 * y + x][j], a[0], a[1], a[2], a[3], b[o][2 * j], b[o][2 * j + 1]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // ---- what becomes of the sums --------------------------------------------------------------------------------
+
+  struct Epilogue {
+    float scale[2][2], shift[2][2];  // [chunk][column]
+  };
+
+  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
+                                         Moments& moments, uint32_t out, int walked, int step, int tile) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int u = 2 * tile + h, stream = divide(u, p.unit_magic);
+      if (u >= p.units * p.streams) break;
+      const int column = kOutStride * (column0 + (u - stream * p.units) * kUnit + lane / 4);
+      const bool inside = image0 + walked * p.streams + stream < p.N;
+#pragma unroll
+      for (int o = 0; o < kOutputs; ++o) {
+        const bool valid =
+            inside && column + o % kOutStride < p.out_w && kStepRows * step + o / kOutStride < p.out_h;
+        const int at = o / kOutStride * out_row_pixels() + (u * kUnit + lane / 4) * kOutStride + o % kOutStride;
+        if (!valid) continue;
+        float inverse = 0.f;
+        if constexpr (kForward) {
+          moments.n += 1.f;
+          if (p.stats) inverse = __fdividef(1.f, moments.n);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (2 * pair + j >= chunks) break;
+          const uint32_t to = out + place(at, 2 * pair + j, kOutStride) + lane % 4 * 4;
+          float v[2] = {sum[o][j][2 * h], sum[o][j][2 * h + 1]};
+          if constexpr (kForward) {
+            if (p.out_scale) {
+              const float2 residual = p.side ? unpack<T>(load_shared_word(to)) : make_float2(0.f, 0.f);
+              v[0] = relu(v[0] * epilogue.scale[j][0] + epilogue.shift[j][0] + residual.x);
+              v[1] = relu(v[1] * epilogue.scale[j][1] + epilogue.shift[j][1] + residual.y);
+            } else if (p.stats) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {  // Welford
+                const float delta = v[e] - moments.mean[j][e];
+                moments.mean[j][e] += delta * inverse;
+                moments.m2[j][e] += delta * (v[e] - moments.mean[j][e]);
+              }
+            }
+          }
+          store_shared_word(to, pack<T>(v[0], v[1]));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_output(uint32_t out, int walked, int step) const {
+    each_output(walked, step, [&](uint32_t offset, int64_t element, bool valid) {
+      if (valid) *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + element) = load_shared(out + offset);
+    });
+  }
+
+  // Over the lanes with the same columns, then over the two warps with the same channels.
+  __device__ __forceinline__ void store_moments(Moments moments) const {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      const float n = __shfl_xor_sync(~0u, moments.n, step);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float mean = __shfl_xor_sync(~0u, moments.mean[j][e], step);
+          const float m2 = __shfl_xor_sync(~0u, moments.m2[j][e], step);
+          merge_moments(moments.n, moments.mean[j][e], moments.m2[j][e], n, mean, m2);
+        }
+      }
+      moments.n += n;
+    }
+    const uint32_t exchange = ring + (pair * 4 + lane) * 9 * 4;
+    const bool has = active() && lane < 4;
+    if (has && half == 1) {
+      store_shared_word(exchange, __float_as_uint(moments.n));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        store_shared_word(exchange + 4 + i * 8, __float_as_uint(moments.mean[i / 2][i % 2]));
+        store_shared_word(exchange + 8 + i * 8, __float_as_uint(moments.m2[i / 2][i % 2]));
+      }
+    }
+    __syncthreads();
+    if (!has || half == 1) return;
+    const float n = __uint_as_float(load_shared_word(exchange));
+    float* to = p.stats + static_cast<int64_t>(blockIdx.y) * 3 * p.C;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (2 * pair + i / 2 >= chunks) break;
+      const float mean = __uint_as_float(load_shared_word(exchange + 4 + i * 8));
+      const float m2 = __uint_as_float(load_shared_word(exchange + 8 + i * 8));
+      float own_mean = moments.mean[i / 2][i % 2], own_m2 = moments.m2[i / 2][i % 2];
+      merge_moments(moments.n, own_mean, own_m2, n, mean, m2);
+      const int channel = channel0 + (2 * pair + i / 2) * 8 + lane % 4 * 2 + i % 2;
+      to[channel] = moments.n + n;
+      to[p.C + channel] = own_mean;
+      to[2 * p.C + channel] = own_m2;
+    }
+  }
+
+  // Into shared memory as (out channel, in channel, tap), the second half of the positions added to the first, and
+  // out: as the part's partial sums, or as dweight itself where there is one part.
+  __device__ __forceinline__ void store_dweight(const Gradient& gradient) const {
+    const int first_row = P == Pass::dweight && Q == 8 ? 32 * blockIdx.z : 0;
+    const int rows = min(chunks * 8, P == Pass::dweight && Q == 8 ? first_row + 32 : 64) - first_row;
+    const auto put = [&](int split, int out, int in, int tap, float value) {
+      const int i = in - out / p.D * p.D;
+      if (out >= chunks * 8 || i < 0 || i >= p.D) return;
+      const uint32_t to = ring + (((out - first_row) * p.D + i) * 9 + tap) * 4;
+      if (split) value += __uint_as_float(load_shared_word(to));
+      store_shared_word(to, __float_as_uint(value));
+    };
+    for (int split = 0; split < kSplits; ++split) {
+      __syncthreads();
+      if (!active() || (kSplits == 2 && half != split) || rows <= 0) continue;
+      if constexpr (Q == 1) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int out = (2 * pair + j) * 8 + lane / 4, in = (2 * pair + j) * 8 + lane % 4 * 2;
+#pragma unroll
+          for (int y = 0; y < 3; ++y) {
+            // s1: the fragment table is turned by 180 degrees
+            const int row = 3 * (G == Geometry::s1 ? 2 - y : y);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              put(split, out, in + e, row + 2, gradient.pair[j][y][e]);
+              put(split, out, in + e, row + (G == Geometry::s1 ? 1 : 0), gradient.pair[j][y][2 + e]);
+              put(split, out, in + e, row + (G == Geometry::s1 ? 0 : 1), gradient.single[j][y][e]);
+            }
+          }
+        }
+      } else {
+        const int in_chunk = band + (Q == 2 ? 0 : 2 * half);
+#pragma unroll
+        for (int t = 0; t < 9; ++t) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              put(split, pair * 16 + e / 2 * 8 + lane / 4, (in_chunk + j) * 8 + lane % 4 * 2 + e % 2,
+                  G == Geometry::s1 ? 8 - t : t, gradient.full[t][j][e]);
+            }
+          }
+        }
+      }
+    }
+    __syncthreads();
+    if (rows <= 0) return;
+    const int64_t begin = static_cast<int64_t>(channel0 + first_row) * p.D * 9;
+    if (p.dweight) {
+      T* to = static_cast<T*>(p.dweight) + begin;
+      for (int i = thread * 8; i < rows * p.D * 9; i += kThreads * 8) {
+        const uint4 lo = load_shared(ring + i * 4), hi = load_shared(ring + i * 4 + 16);
+        const float v[8] = {__uint_as_float(lo.x), __uint_as_float(lo.y), __uint_as_float(lo.z), __uint_as_float(lo.w),
+                            __uint_as_float(hi.x), __uint_as_float(hi.y), __uint_as_float(hi.z), __uint_as_float(hi.w)};
+        *reinterpret_cast<uint4*>(to + i) = pack<T>(v);
+      }
+    } else {
+      float* to = p.dweight_partial + static_cast<int64_t>(blockIdx.y) * p.C * p.D * 9 + begin;
+      for (int i = thread * 4; i < rows * p.D * 9; i += kThreads * 4) {
+        *reinterpret_cast<uint4*>(to + i) = load_shared(ring + i * 4);
+      }
+    }
+  }
+
+  // ---- the walk ------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void run() {
+    Weights weights[2];
+    Gradient gradient{};
+    Moments moments{};
+    Epilogue epilogue{};
+    const bool convolves = kHasConv && p.out;
+    if constexpr (kHasConv) {
+      if (convolves) load_weights(weights);
+    }
+    if constexpr (kForward) {
+      if (p.out_scale && active()) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (2 * pair + j >= chunks) break;
+          const int channel = channel0 + (2 * pair + j) * 8 + lane % 4 * 2;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            epilogue.scale[j][e] = __ldg(p.out_scale + channel + e);
+            epilogue.shift[j][e] = __ldg(p.out_shift + channel + e);
+          }
+        }
+      }
+    }
+    const bool adds = kHasDweight && (p.dweight || p.dweight_partial);
+
+    // Turn by turn: a group of input rows arrives; from the second one of an image on it completes a step.
+    const int groups = step_count + 1;
+    const int walked_end = min(p.walk, (p.N - image0 + p.streams - 1) / p.streams);
+    const int turns = walked_end * groups;
+    int walked = 0, group = 0;
+    fetch_input(0, 0, step0);
+    for (int turn = 0; turn < turns; ++turn) {
+      int next_walked = walked, next_group = group + 1;
+      if (next_group == groups) ++next_walked, next_group = 0;
+      wait_copies();
+      transform_input(turn, walked, step0 + group);
+      if (group > 0) transform_side(turn, walked, step0 + group - 1);
+      __syncthreads();
+      if (turn + 1 < turns) {
+        fetch_input(turn + 1, next_walked, step0 + next_group);
+        if (next_group > 0) fetch_side(turn + 1, next_walked, step0 + next_group - 1);
+      }
+      if (group > 0) {
+        const int step = step0 + group - 1;
+        const uint32_t out = ring + p.out_offset + (kForward && p.side ? turn % 2 * side_bytes() : 0);
+        if (active()) {
+          if constexpr (kHasConv) {
+            if (convolves) {
+              for (int tile = half; tile < p.tiles; tile += 2) {
+                float sum[kOutputs][2][4] = {};
+                convolve(sum, weights, turn, tile);
+                finish(sum, epilogue, moments, out, walked, step, tile);
+              }
+            }
+          }
+          if constexpr (kHasDweight) {
+            if (adds) {
+              for (int tile = kSplits == 2 ? half : 0; tile < p.tiles; tile += kSplits) add_dweight(gradient, turn, tile);
+            }
+          }
+        }
+        if (convolves) {
+          __syncthreads();
+          store_output(out, walked, step);
+        }
+      }
+      walked = next_walked, group = next_group;
+    }
+    if constexpr (kForward) {
+      if (p.stats) {
+        __syncthreads();
+        store_moments(moments);
+      }
+    }
+    if constexpr (kHasDweight) {
+      if (adds) store_dweight(gradient);
+    }
+  }
+};
+
+template <class T, int Q, Geometry G, Pass P>
+__device__ __forceinline__ void conv(const ConvParams& p) {
+  extern __shared__ __align__(128) char shared[];
+  Conv<T, Q, G, P>(p, shared_address(shared)).run();
+}
+
+// Blocks that have to fit on a multiprocessor: bounds the registers to 128 or 255 a thread.
+constexpr int min_blocks(int q, Pass pass) { return pass == Pass::forward && q <= 2 ? 2 : 1; }
+
+}  // namespace resnext_kernels::cuda
+
+// One kernel, visible under its plain name; plan.cpp composes the same names.
+#define RK_DEFINE_CONV(T, DTYPE, GEOMETRY, Q, PASS)                                                            \
+  extern "C" __global__ void __launch_bounds__(                                                                \
+      resnext_kernels::cuda::kThreads,                                                                         \
+      resnext_kernels::cuda::min_blocks(Q, resnext_kernels::cuda::Pass::PASS))                                 \
+      conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS(const __grid_constant__ resnext_kernels::cuda::ConvParams p) { \
+    resnext_kernels::cuda::conv<T, Q, resnext_kernels::cuda::Geometry::GEOMETRY,                               \
+                                resnext_kernels::cuda::Pass::PASS>(p);                                         \
+  }
