@@ -174,63 +174,106 @@ struct Conv {
         }
       }
     }
-    __syncthreads();  // the ring takes the place
+    // the caller's barrier lets the ring take the place
   }
 
   // ---- rows into shared memory ---------------------------------------------------------------------------------
 
-  // Calls f(shared offset, global element, valid) for each of this thread's 16 bytes of input rows `group`.
-  template <class F>
-  __device__ __forceinline__ void each_input(int walked, int group, F f) const {
-    const int chunk = thread % kSlots;
-    if (chunk >= p.slots) return;
-    const int pixels = row_pixels();
-    const int first = G == Geometry::t2 ? group : 2 * group - 1;
-    for (int i = thread / kSlots; i < kGroupRows * pixels; i += kThreads / kSlots) {
-      const int r = kGroupRows == 2 && i >= pixels, pixel = i - r * pixels;
-      const int stream = divide(pixel, p.pitch_magic), slot = pixel - stream * p.pitch;
-      const int row = first + r, column = kInStride * column0 + slot - (G != Geometry::t2);
-      const int image = image0 + walked * p.streams + stream;
-      const bool valid = image < p.N && row >= 0 && row < p.in_h && column >= 0 && column < p.in_w && chunk < chunks;
-      const int64_t element =
-          ((static_cast<int64_t>(image) * p.in_h + row) * p.in_w + column) * p.C + channel0 + chunk * 8;
-      f(r * pixels * kPixelBytes + place(pixel, chunk, kInStride), valid ? element : 0, valid);
+  // For every pixel of a row in shared memory: where it is in the image row, and in shared memory.
+  struct Place {
+    int32_t global;   // in 16 bytes from the first image's row; negative: outside
+    uint32_t shared;  // from the start of the row, of chunk 0; chunk c is at shared ^ 16 c
+  };
+  __device__ __forceinline__ uint32_t in_places() const { return ring + p.places_offset; }
+  __device__ __forceinline__ uint32_t out_places() const { return in_places() + row_pixels() * sizeof(Place); }
+
+  __device__ __forceinline__ static void store_place(uint32_t to, int32_t global, uint32_t shared) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(global), "r"(shared) : "memory");
+  }
+  __device__ __forceinline__ static Place load_place(uint32_t from) {
+    Place place;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(place.global), "=r"(place.shared) : "r"(from) : "memory");
+    return place;
+  }
+
+  __device__ __forceinline__ void make_places() const {
+    for (int i = thread; i < row_pixels(); i += kThreads) {
+      const int stream = divide(i, p.pitch_magic);
+      const int column = kInStride * column0 + i - stream * p.pitch - (G != Geometry::t2);
+      const bool inside = column >= 0 && column < p.in_w;
+      const int32_t global = (stream * p.in_h * p.in_w + column) * (p.C / 8);
+      store_place(in_places() + i * sizeof(Place), inside ? global : -1, place(i, 0, kInStride));
+    }
+    for (int i = thread; i < out_row_pixels(); i += kThreads) {
+      const int stream = divide(i, p.stream_magic);
+      const int column = kOutStride * column0 + i - stream * p.units * kUnit * kOutStride;
+      const bool inside = stream < p.streams && column < p.out_w;
+      const int32_t global = (stream * p.out_h * p.out_w + column) * (p.C / 8);
+      store_place(out_places() + i * sizeof(Place), inside ? global : -1, place(i, 0, kOutStride));
     }
   }
 
-  // The same for the pixels of output step `step`.
-  template <class F>
-  __device__ __forceinline__ void each_output(int walked, int step, F f) const {
+  // Calls f(r, shared offset, place in the image row, valid) for this thread's 16 bytes of `rows` rows, the first of
+  // them `first`. A thread keeps its chunk.
+  template <int kRows, class F>
+  __device__ __forceinline__ void each_place(uint32_t places, int pixels, int per_stream, int walked, int first,
+                                             int height, F f) const {
     const int chunk = thread % kSlots;
-    const int pixels = out_row_pixels(), per_stream = p.units * kUnit * kOutStride;
-    for (int i = thread / kSlots; i < kStepRows * pixels; i += kThreads / kSlots) {
-      const int r = kStepRows == 2 && i >= pixels, pixel = i - r * pixels;
-      const int stream = divide(pixel, p.stream_magic);
-      const int row = kStepRows * step + r, column = kOutStride * column0 + pixel - stream * per_stream;
-      const int image = image0 + walked * p.streams + stream;
-      const bool valid = stream < p.streams && image < p.N && row < p.out_h && column < p.out_w && chunk < chunks;
-      const int64_t element =
-          ((static_cast<int64_t>(image) * p.out_h + row) * p.out_w + column) * p.C + channel0 + chunk * 8;
-      f(place(i, chunk, kOutStride), valid ? element : 0, valid);
+    const int streams = min(p.streams, p.N - image0 - walked * p.streams);
+    const int inside = chunk < chunks ? streams * per_stream : 0;
+#pragma unroll 2
+    for (int pixel = thread / kSlots; pixel < pixels; pixel += kThreads / kSlots) {
+      const Place at = load_place(places + pixel * sizeof(Place));
+      const bool valid = pixel < inside && at.global >= 0;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        f(r, r * pixels * kPixelBytes + (at.shared ^ chunk << 4), at.global,
+          valid && static_cast<unsigned>(first + r) < static_cast<unsigned>(height));
+      }
     }
   }
+  template <class F>
+  __device__ __forceinline__ void each_input(int walked, int group, F f) const {
+    if (thread % kSlots >= p.slots) return;
+    each_place<kGroupRows>(in_places(), row_pixels(), p.pitch, walked, first_input_row(group), p.in_h, f);
+  }
+  template <class F>
+  __device__ __forceinline__ void each_output(int walked, int step, F f) const {
+    each_place<kStepRows>(out_places(), out_row_pixels(), p.units * kUnit * kOutStride, walked, kStepRows * step,
+                          p.out_h, f);
+  }
+
+  static __device__ __forceinline__ int first_input_row(int group) {
+    return G == Geometry::t2 ? group : 2 * group - 1;
+  }
+  __device__ __forceinline__ int64_t first_image(int walked) const { return image0 + walked * p.streams; }
+  __device__ __forceinline__ int own_channel() const { return channel0 + thread % kSlots * 8; }
 
   __device__ __forceinline__ void fetch_input(int turn, int walked, int group) const {
     const uint32_t to = ring + turn % kRing * group_bytes();
-    each_input(walked, group, [&](uint32_t offset, int64_t element, bool valid) {
-      copy_async(to + offset, static_cast<const T*>(p.in) + element, valid);
+    const int64_t start = ((first_image(walked) * p.in_h + first_input_row(group)) * p.in_w * p.C + own_channel()) * 2;
+    const int64_t row_bytes = int64_t{2} * p.in_w * p.C;
+    each_input(walked, group, [&](int r, uint32_t offset, int32_t at, bool valid) {
+      const int64_t from = start + r * row_bytes + at * int64_t{16};
+      copy_async(to + offset, static_cast<const char*>(p.in) + from, valid);
       if constexpr (!kForward) {
-        if (p.in_z) copy_async(ring + p.z_offset + offset, static_cast<const T*>(p.in_z) + element, valid);
-        if (p.in_y) copy_async(ring + p.y_offset + offset, static_cast<const T*>(p.in_y) + element, valid);
+        if (p.in_z) copy_async(ring + p.z_offset + offset, static_cast<const char*>(p.in_z) + from, valid);
+        if (p.in_y) copy_async(ring + p.y_offset + offset, static_cast<const char*>(p.in_y) + from, valid);
       }
     });
   }
   __device__ __forceinline__ void fetch_side(int turn, int walked, int step) const {
     if (!p.side) return;
     const uint32_t to = ring + p.side_offset + turn % 2 * side_bytes();
-    each_output(walked, step, [&](uint32_t offset, int64_t element, bool valid) {
-      copy_async(to + offset, static_cast<const T*>(p.side) + element, valid);
+    const char* start = static_cast<const char*>(p.side) + output_start(walked, step);
+    const int64_t row_bytes = int64_t{2} * p.out_w * p.C;
+    each_output(walked, step, [&](int r, uint32_t offset, int32_t at, bool valid) {
+      copy_async(to + offset, start + r * row_bytes + at * int64_t{16}, valid);
     });
+  }
+  // In bytes: this thread's chunk in column 0 of the first image's first row of a step.
+  __device__ __forceinline__ int64_t output_start(int walked, int step) const {
+    return ((first_image(walked) * p.out_h + kStepRows * step) * p.out_w * p.C + own_channel()) * 2;
   }
 
   // In place, on what this thread fetched itself; what lies outside the image stays zero.
@@ -243,17 +286,17 @@ struct Conv {
   }
   __device__ __forceinline__ void transform_input(int turn, int walked, int group) const {
     const uint32_t base = ring + turn % kRing * group_bytes();
-    const int channel = channel0 + thread % kSlots * 8;
+    const int channel = own_channel();
     if (thread % kSlots >= chunks) return;
     if constexpr (kForward) {
       if (!p.in_scale) return;
       const Vector8 scale(p.in_scale + channel), shift(p.in_shift + channel);
-      each_input(walked, group, [&](uint32_t offset, int64_t, bool valid) {
+      each_input(walked, group, [&](int, uint32_t offset, int32_t, bool valid) {
         if (valid) activate(base + offset, scale, shift);
       });
     } else {
       if (!p.in_z) return;
-      each_input(walked, group, [&](uint32_t offset, int64_t, bool valid) {
+      each_input(walked, group, [&](int, uint32_t offset, int32_t, bool valid) {
         if (!valid) return;
         float g[8], z[8];
         unpack<T>(g, load_shared(base + offset));
@@ -283,9 +326,9 @@ struct Conv {
   __device__ __forceinline__ void transform_side(int turn, int walked, int step) const {
     if (!p.side || !p.side_scale || thread % kSlots >= chunks) return;
     const uint32_t base = ring + p.side_offset + turn % 2 * side_bytes();
-    const int channel = channel0 + thread % kSlots * 8;
+    const int channel = own_channel();
     const Vector8 scale(p.side_scale + channel), shift(p.side_shift + channel);
-    each_output(walked, step, [&](uint32_t offset, int64_t, bool valid) {
+    each_output(walked, step, [&](int, uint32_t offset, int32_t, bool valid) {
       if (valid) activate(base + offset, scale, shift);
     });
   }
@@ -423,24 +466,27 @@ struct Conv {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int u = 2 * tile + h, stream = divide(u, p.unit_magic);
-      if (u >= p.units * p.streams) break;
       const int column = kOutStride * (column0 + (u - stream * p.units) * kUnit + lane / 4);
-      const bool inside = image0 + walked * p.streams + stream < p.N;
+      const bool inside = stream < min(p.streams, p.N - image0 - walked * p.streams);
+      // chunk c of a position's first pixel is at `first` ^ 16 c: the position's place in its unit is lane / 4
+      const uint32_t first = out + (u * kUnit + lane / 4) * kOutStride * kPixelBytes + (lane / 4 << 4) + lane % 4 * 4;
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
         const bool valid =
             inside && column + o % kOutStride < p.out_w && kStepRows * step + o / kOutStride < p.out_h;
-        const int at = o / kOutStride * out_row_pixels() + (u * kUnit + lane / 4) * kOutStride + o % kOutStride;
         if (!valid) continue;
         float inverse = 0.f;
         if constexpr (kForward) {
-          moments.n += 1.f;
-          if (p.stats) inverse = __fdividef(1.f, moments.n);
+          if (p.stats) {
+            moments.n += 1.f;
+            inverse = __fdividef(1.f, moments.n);
+          }
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           if (2 * pair + j >= chunks) break;
-          const uint32_t to = out + place(at, 2 * pair + j, kOutStride) + lane % 4 * 4;
+          const uint32_t to = (first ^ (2 * pair + j) << 4) +
+                              (o / kOutStride * out_row_pixels() + o % kOutStride) * kPixelBytes;
           float v[2] = {sum[o][j][2 * h], sum[o][j][2 * h + 1]};
           if constexpr (kForward) {
             if (p.out_scale) {
@@ -463,8 +509,10 @@ struct Conv {
   }
 
   __device__ __forceinline__ void store_output(uint32_t out, int walked, int step) const {
-    each_output(walked, step, [&](uint32_t offset, int64_t element, bool valid) {
-      if (valid) *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + element) = load_shared(out + offset);
+    char* start = static_cast<char*>(p.out) + output_start(walked, step);
+    const int64_t row_bytes = int64_t{2} * p.out_w * p.C;
+    each_output(walked, step, [&](int r, uint32_t offset, int32_t at, bool valid) {
+      if (valid) *reinterpret_cast<uint4*>(start + r * row_bytes + at * int64_t{16}) = load_shared(out + offset);
     });
   }
 
@@ -585,6 +633,7 @@ struct Conv {
     Moments moments{};
     Epilogue epilogue{};
     const bool convolves = kHasConv && p.out;
+    make_places();
     if constexpr (kHasConv) {
       if (convolves) load_weights(weights);
     }
@@ -609,6 +658,7 @@ struct Conv {
     const int walked_end = min(p.walk, (p.N - image0 + p.streams - 1) / p.streams);
     const int turns = walked_end * groups;
     int walked = 0, group = 0;
+    __syncthreads();
     fetch_input(0, 0, step0);
     for (int turn = 0; turn < turns; ++turn) {
       int next_walked = walked, next_group = group + 1;

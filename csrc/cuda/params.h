@@ -60,8 +60,8 @@ struct ConvParams {
   int32_t walk;                     // groups of `streams` images that a block walks through
   int32_t steps, segment_steps;     // per image, per segment
   int32_t pitch;                    // input pixels per stream and row in shared memory
-  uint32_t row_magic, pitch_magic, stream_magic, unit_magic;  // x / d == x * magic >> 20 for x < 2048
-  int32_t z_offset, y_offset, side_offset, out_offset;        // in shared memory; the ring starts at 0
+  uint32_t pitch_magic, stream_magic, unit_magic;  // x / d == x * magic >> 20 for x < 2048
+  int32_t z_offset, y_offset, side_offset, out_offset, places_offset;  // in shared memory; the ring starts at 0
 };
 
 constexpr int kMagicShift = 20;

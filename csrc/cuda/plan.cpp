@@ -80,7 +80,8 @@ int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, boo
   const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 8 ? 0 : 8)) * 2 + 16;
   const int dweight_rows = dweight_only && p.band == 8 ? std::min(rows, 32) : rows;
   const int dweight = p.dweight ? dweight_rows * p.D * 9 * 4 : 0;
-  return std::max({offset, weights, dweight});
+  p.places_offset = ceil_div(std::max({offset, weights, dweight}), 16) * 16;
+  return p.places_offset + (p.streams * p.pitch + p.tiles * 2 * kUnit * out_stride(g)) * 8;
 }
 
 // Divides the map into strips of columns, and images into walks, so that the blocks fill the device evenly.
