@@ -103,17 +103,17 @@ struct Conv {
   __device__ __forceinline__ int out_row_pixels() const { return p.tiles * 2 * kUnit * kOutStride; }
   __device__ __forceinline__ int side_bytes() const { return kStepRows * out_row_pixels() * kPixelBytes; }
 
-  static __device__ __forceinline__ uint32_t place(int pixel, int chunk, int stride) {
-    return pixel * kPixelBytes + ((chunk ^ (pixel / stride & 7)) << 4);
+  static __device__ __forceinline__ uint32_t place(unsigned pixel, int chunk, int stride) {
+    return pixel * kPixelBytes + (chunk << 4 ^ (pixel * (16 / stride) & 0x70));
   }
 
   // ---- weights -------------------------------------------------------------------------------------------------
 
-  // Nine taps of one (out, in) pair of channels as halves of five words, zeros where not `valid`.
-  static __device__ __forceinline__ void taps(uint32_t (&to)[5], uint32_t slab, int element, bool valid) {
+  // Nine taps of one (out, in) pair of channels, from element `element` on, as halves of five words.
+  static __device__ __forceinline__ void taps(uint32_t (&to)[5], uint32_t slab, unsigned element) {
     uint32_t words[5];
 #pragma unroll
-    for (int i = 0; i < 5; ++i) words[i] = valid ? load_shared_word(slab + (element / 2 + i) * 4) : 0;
+    for (int i = 0; i < 5; ++i) words[i] = load_shared_word(slab + (element / 2 + i) * 4);
     const int shift = element % 2 * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = __funnelshift_r(words[i], words[i + 1], shift);
@@ -137,25 +137,25 @@ struct Conv {
       }
     } else {
       for (int i = thread; i < rows * row / 8; i += kThreads) copy_async(ring + i * 16, from + i * 16, true);
-      if (thread == 0) store_shared(ring + rows * row * 2, make_uint4(0, 0, 0, 0));
     }
+    const unsigned zeros = rows * (row + pad);  // what a pair of channels of different groups gets
+    if (thread < 2) store_shared(ring + zeros * 2 + thread * 16, make_uint4(0, 0, 0, 0));
     wait_copies();
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int out = (2 * pair + j) * 8 + lane / 4;  // channel that this lane's column of b makes
       const int group = out / p.D * p.D;
+      const bool exists = 2 * pair + j < chunks;
+      // element of the first tap for input channel `group`, and its distance between input channels
+      const int origin = kForward ? out * (row + pad) : group * (row + pad) + (out - group) * 9;
+      const int stride = kForward ? 9 : row + pad;
 #pragma unroll
       for (int k = 0; k < (Q == 1 ? 1 : Q); ++k) {
-        const int in = (Q == 1 ? 2 * pair + j : band + k) * 8 + lane % 4 * 2;
+        const int in = (Q == 1 ? 2 * pair + j : band + k) * 8 + lane % 4 * 2 - group;
         uint32_t lo[5], hi[5];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int i = in + e - group;
-          const bool valid = active() && 2 * pair + j < chunks && i >= 0 && i < p.D;
-          const int element = !kForward ? (in + e) * (row + pad) + (out - group) * 9 : out * (row + pad) + i * 9;
-          taps(e ? hi : lo, ring, element, valid);
-        }
+        taps(lo, ring, exists && static_cast<unsigned>(in) < static_cast<unsigned>(p.D) ? origin + in * stride : zeros);
+        taps(hi, ring, exists && static_cast<unsigned>(in + 1) < static_cast<unsigned>(p.D) ? origin + (in + 1) * stride : zeros);
 #pragma unroll
         for (int t = 0; t < 9; ++t) {
           const int y = t / 3, x = t % 3;
@@ -335,10 +335,18 @@ struct Conv {
 
   // ---- products ------------------------------------------------------------------------------------------------
 
-  // Shared address of input row i of the step that turn `turn` completes.
-  __device__ __forceinline__ uint32_t input_row(int turn, int i) const {
-    const int slot = (i < kGroupRows ? turn + kRing - 1 : turn) % kRing;
-    return ring + slot * group_bytes() + i % kGroupRows * row_pixels() * kPixelBytes;
+  // Shared addresses of the input rows that a step reads: those of the group before this turn's, and this turn's.
+  struct Rows {
+    uint32_t at[kInRows];
+  };
+  __device__ __forceinline__ Rows input_rows(int turn) const {
+    Rows rows;
+    const uint32_t before = ring + (turn + kRing - 1) % kRing * group_bytes(), now = ring + turn % kRing * group_bytes();
+#pragma unroll
+    for (int i = 0; i < kInRows; ++i) {
+      rows.at[i] = (i < kGroupRows ? before : now) + i % kGroupRows * row_pixels() * kPixelBytes;
+    }
+    return rows;
   }
   // First input pixel of a lane's row of unit u; units behind the last one read the first.
   __device__ __forceinline__ int unit_pixel(int u) const {
@@ -347,19 +355,20 @@ struct Conv {
     return stream * p.pitch + kInStride * ((u - stream * p.units) * kUnit + lane % 8);
   }
 
-  __device__ __forceinline__ void convolve(float (&sum)[kOutputs][2][4], const Weights (&weights)[2], int turn,
+  __device__ __forceinline__ void convolve(float (&sum)[kOutputs][2][4], const Weights (&weights)[2], const Rows& rows,
                                            int tile) const {
     const int pixel = unit_pixel(2 * tile + lane / 8 % 2);
+    if constexpr (Q == 1) {
+      uint32_t two_taps = place(pixel + lane / 16, 2 * pair, kInStride);
+      uint32_t one_tap = place(pixel + 2, 2 * pair, kInStride);
 #pragma unroll
-    for (int i = 0; i < kInRows; ++i) {
-      const uint32_t row = input_row(turn, i);
-      if constexpr (Q == 1) {
+      for (int j = 0; j < 2; ++j, two_taps ^= 16, one_tap ^= 16) {  // the pair's second chunk
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int i = 0; i < kInRows; ++i) {
           uint32_t a[4], last[2];
-          load_matrices(a, row + place(pixel + lane / 16, 2 * pair + j, kInStride));
+          load_matrices(a, rows.at[i] + two_taps);
           if constexpr (kShifts == 3) {
-            load_matrices(last, row + place(pixel + 2, 2 * pair + j, kInStride));
+            load_matrices(last, rows.at[i] + one_tap);
           } else {
             last[0] = a[0], last[1] = a[1];
           }
@@ -373,13 +382,17 @@ struct Conv {
             if (kOutStride == 1 || o % 2 == 0) Mma<T>::k8(sum[o][j], last[0], last[1], weights[j].single[y]);
           }
         }
-      } else {
+      }
+    } else {
 #pragma unroll
-        for (int s = 0; s < kShifts; ++s) {
+      for (int s = 0; s < kShifts; ++s) {
 #pragma unroll
-          for (int k = 0; k < kPairs; ++k) {
+        for (int k = 0; k < kPairs; ++k) {
+          const uint32_t offset = place(pixel + s, band + 2 * k + lane / 16, kInStride);
+#pragma unroll
+          for (int i = 0; i < kInRows; ++i) {
             uint32_t a[4];
-            load_matrices(a, row + place(pixel + s, band + 2 * k + lane / 16, kInStride));
+            load_matrices(a, rows.at[i] + offset);
 #pragma unroll
             for (int o = 0; o < kOutputs; ++o) {
               const int y = tap_row(G, i, o / kOutStride), x = tap_column(G, s, o % kOutStride);
@@ -397,28 +410,26 @@ struct Conv {
   }
 
   // Adds the products of one tile's dz with the input at the outputs' places. The operands' rows are positions.
-  __device__ __forceinline__ void add_dweight(Gradient& gradient, int turn, int tile) const {
+  __device__ __forceinline__ void add_dweight(Gradient& gradient, const Rows& rows, uint32_t side, int tile) const {
     const int in_chunk = Q == 1 ? 2 * pair : band + (Q == 2 ? 0 : 2 * half);
-    const uint32_t side = ring + p.side_offset + turn % 2 * side_bytes();
     uint32_t b[kOutputs][4];  // [2 * input chunk + half of the positions]
+    const uint32_t first = side + place((16 * tile + lane % 16) * kOutStride, in_chunk + lane / 16, kOutStride);
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      const int position = 16 * tile + lane % 16;
-      const int at = o / kOutStride * out_row_pixels() + position * kOutStride + o % kOutStride;
-      load_transposed(b[o], side + place(at, in_chunk + lane / 16, kOutStride));
+      load_transposed(b[o], first + (o / kOutStride * out_row_pixels() + o % kOutStride) * kPixelBytes);
     }
     const int pixel = unit_pixel(2 * tile + lane / 16);
+    if constexpr (Q == 1) {
+      uint32_t two_taps = place(pixel + lane / 8 % 2, 2 * pair, kInStride);  // two shifts of 8 channels
+      uint32_t one_tap = place(unit_pixel(2 * tile + lane / 8 % 2) + 2, 2 * pair, kInStride);
 #pragma unroll
-    for (int i = 0; i < kInRows; ++i) {
-      const uint32_t row = input_row(turn, i);
-      if constexpr (Q == 1) {
-        const int pixel_x2 = unit_pixel(2 * tile + lane / 8 % 2);
+      for (int j = 0; j < 2; ++j, two_taps ^= 16, one_tap ^= 16) {  // the pair's second chunk
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          uint32_t a[4], last[2];  // a: two shifts of 8 channels
-          load_transposed(a, row + place(pixel + lane / 8 % 2, 2 * pair + j, kInStride));
+        for (int i = 0; i < kInRows; ++i) {
+          uint32_t a[4], last[2];
+          load_transposed(a, rows.at[i] + two_taps);
           if constexpr (kShifts == 3) {
-            load_transposed(last, row + place(pixel_x2 + 2, 2 * pair + j, kInStride));
+            load_transposed(last, rows.at[i] + one_tap);
           } else {
             last[0] = a[0], last[1] = a[2];
           }
@@ -436,11 +447,15 @@ struct Conv {
             }
           }
         }
-      } else {
+      }
+    } else {
 #pragma unroll
-        for (int s = 0; s < kShifts; ++s) {
+      for (int s = 0; s < kShifts; ++s) {
+        const uint32_t offset = place(pixel + s, 2 * pair + lane / 8 % 2, kInStride);
+#pragma unroll
+        for (int i = 0; i < kInRows; ++i) {
           uint32_t a[4];  // 16 channels of dz
-          load_transposed(a, row + place(pixel + s, 2 * pair + lane / 8 % 2, kInStride));
+          load_transposed(a, rows.at[i] + offset);
 #pragma unroll
           for (int o = 0; o < kOutputs; ++o) {
             const int y = tap_row(G, i, o / kOutStride), x = tap_column(G, s, o % kOutStride);
@@ -675,18 +690,22 @@ struct Conv {
         const int step = step0 + group - 1;
         const uint32_t out = ring + p.out_offset + (kForward && p.side ? turn % 2 * side_bytes() : 0);
         if (active()) {
+          const Rows rows = input_rows(turn);
           if constexpr (kHasConv) {
             if (convolves) {
               for (int tile = half; tile < p.tiles; tile += 2) {
                 float sum[kOutputs][2][4] = {};
-                convolve(sum, weights, turn, tile);
+                convolve(sum, weights, rows, tile);
                 finish(sum, epilogue, moments, out, walked, step, tile);
               }
             }
           }
           if constexpr (kHasDweight) {
             if (adds) {
-              for (int tile = kSplits == 2 ? half : 0; tile < p.tiles; tile += kSplits) add_dweight(gradient, turn, tile);
+              const uint32_t side = ring + p.side_offset + turn % 2 * side_bytes();
+              for (int tile = kSplits == 2 ? half : 0; tile < p.tiles; tile += kSplits) {
+                add_dweight(gradient, rows, side, tile);
+              }
             }
           }
         }

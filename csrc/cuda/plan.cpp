@@ -77,7 +77,7 @@ int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, boo
     if (writes_out) offset += side;
   }
   const int rows = p.block_chunks * 8;
-  const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 8 ? 0 : 8)) * 2 + 16;
+  const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 8 ? 0 : 8)) * 2 + 32;
   const int dweight_rows = dweight_only && p.band == 8 ? std::min(rows, 32) : rows;
   const int dweight = p.dweight ? dweight_rows * p.D * 9 * 4 : 0;
   p.places_offset = ceil_div(std::max({offset, weights, dweight}), 16) * 16;
