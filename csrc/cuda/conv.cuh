@@ -111,9 +111,9 @@ struct Conv {
 
   // Nine taps of one (out, in) pair of channels, from element `element` on, as halves of five words.
   static __device__ __forceinline__ void taps(uint32_t (&to)[5], uint32_t slab, unsigned element) {
-    uint32_t words[5];
-#pragma unroll
-    for (int i = 0; i < 5; ++i) words[i] = load_shared_word(slab + (element / 2 + i) * 4);
+    const uint32_t from = slab + element / 2 * 4;
+    const uint32_t words[5] = {load_shared_word<0>(from), load_shared_word<4>(from), load_shared_word<8>(from),
+                               load_shared_word<12>(from), load_shared_word<16>(from)};
     const int shift = element % 2 * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = __funnelshift_r(words[i], words[i + 1], shift);
@@ -129,11 +129,13 @@ struct Conv {
     const int pad = p.D % 8 == 0 ? 8 : 0;  // spreads the rows over the banks
     const char* from = static_cast<const char*>(p.weight) + static_cast<int64_t>(channel0) * row * 2;
     if (pad) {
-      for (int r = warp; r < rows; r += kThreads / 32) {
-        for (int i = lane; i < row / 8; i += 32) {
-          copy_async(ring + (r * (row + pad) + i * 8) * 2, from + (r * row + i * 8) * 2, true);
-        }
-        if (lane == 0) store_shared(ring + (r * (row + pad) + row) * 2, make_uint4(0, 0, 0, 0));
+      // 8 threads to a row, neighbouring rows in one warp
+      const int row_bytes = row * 2, first = thread % 8 * 16;
+      for (int r = thread / 8; r < rows; r += kThreads / 8) {
+        const uint32_t to = ring + r * (row_bytes + 16);
+        const char* row_from = from + r * row_bytes;
+        for (int i = first; i < row_bytes; i += 128) copy_async(to + i, row_from + i, true);
+        if (first == 0) store_shared(to + row_bytes, make_uint4(0, 0, 0, 0));
       }
     } else {
       for (int i = thread; i < rows * row / 8; i += kThreads) copy_async(ring + i * 16, from + i * 16, true);
@@ -478,46 +480,59 @@ struct Conv {
 
   __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
                                          Moments& moments, uint32_t out, int walked, int step, int tile) const {
+    // All 16 positions have a place; those outside the image are not copied out, and not counted.
+    // Chunk c of a position's first pixel is at `first` ^ 16 c: the position's place in its unit is lane / 4.
+    const uint32_t first = out + (16 * tile + lane / 4) * kOutStride * kPixelBytes + (lane / 4 << 4) + lane % 4 * 4;
+    const int row_bytes = out_row_pixels() * kPixelBytes;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int u = 2 * tile + h, stream = divide(u, p.unit_magic);
-      const int column = kOutStride * (column0 + (u - stream * p.units) * kUnit + lane / 4);
-      const bool inside = stream < min(p.streams, p.N - image0 - walked * p.streams);
-      // chunk c of a position's first pixel is at `first` ^ 16 c: the position's place in its unit is lane / 4
-      const uint32_t first = out + (u * kUnit + lane / 4) * kOutStride * kPixelBytes + (lane / 4 << 4) + lane % 4 * 4;
+      bool inside = true;
+      if constexpr (kForward) {
+        if (p.stats) {
+          const int u = 2 * tile + h, stream = divide(u, p.unit_magic);
+          const int column = column0 + (u - stream * p.units) * kUnit + lane / 4;
+          inside = stream < min(p.streams, p.N - image0 - walked * p.streams) && column < p.out_w;
+        }
+      }
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) {
-        const bool valid =
-            inside && column + o % kOutStride < p.out_w && kStepRows * step + o / kOutStride < p.out_h;
-        if (!valid) continue;
+      for (int r = 0; r < kStepRows; ++r) {
         float inverse = 0.f;
+        const bool counts = inside && kStepRows * step + r < p.out_h;
         if constexpr (kForward) {
-          if (p.stats) {
+          if (p.stats && counts) {
             moments.n += 1.f;
             inverse = __fdividef(1.f, moments.n);
           }
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          if (2 * pair + j >= chunks) break;
-          const uint32_t to = (first ^ (2 * pair + j) << 4) +
-                              (o / kOutStride * out_row_pixels() + o % kOutStride) * kPixelBytes;
-          float v[2] = {sum[o][j][2 * h], sum[o][j][2 * h + 1]};
-          if constexpr (kForward) {
-            if (p.out_scale) {
-              const float2 residual = p.side ? unpack<T>(load_shared_word(to)) : make_float2(0.f, 0.f);
-              v[0] = relu(v[0] * epilogue.scale[j][0] + epilogue.shift[j][0] + residual.x);
-              v[1] = relu(v[1] * epilogue.scale[j][1] + epilogue.shift[j][1] + residual.y);
-            } else if (p.stats) {
+          const uint32_t to = (first ^ (2 * pair + j) << 4) + r * row_bytes;
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {  // Welford
-                const float delta = v[e] - moments.mean[j][e];
-                moments.mean[j][e] += delta * inverse;
-                moments.m2[j][e] += delta * (v[e] - moments.mean[j][e]);
+          for (int c = 0; c < kOutStride; ++c) {
+            const float(&total)[4] = sum[r * kOutStride + c][j];
+            float v[2] = {total[2 * h], total[2 * h + 1]};
+            constexpr int kHalf = kUnit * kOutStride * kPixelBytes;
+            const uint32_t at = to + h * kHalf + c * kPixelBytes;
+            if constexpr (kForward) {
+              if (p.out_scale) {
+                v[0] = v[0] * epilogue.scale[j][0] + epilogue.shift[j][0];
+                v[1] = v[1] * epilogue.scale[j][1] + epilogue.shift[j][1];
+                if (p.side) {
+                  const float2 residual = unpack<T>(load_shared_word(at));
+                  v[0] += residual.x, v[1] += residual.y;
+                }
+                v[0] = relu(v[0]), v[1] = relu(v[1]);
+              } else if (p.stats && counts) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {  // Welford
+                  const float delta = v[e] - moments.mean[j][e];
+                  moments.mean[j][e] += delta * inverse;
+                  moments.m2[j][e] += delta * (v[e] - moments.mean[j][e]);
+                }
               }
             }
+            store_shared_word(at, pack<T>(v[0], v[1]));
           }
-          store_shared_word(to, pack<T>(v[0], v[1]));
         }
       }
     }

@@ -29,13 +29,15 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
 __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+template <int kOffset = 0>
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
   uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(from), "n"(kOffset) : "memory");
   return v;
 }
+template <int kOffset = 0>
 __device__ __forceinline__ void store_shared_word(uint32_t to, uint32_t v) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+  asm volatile("st.shared.u32 [%0 + %2], %1;" ::"r"(to), "r"(v), "n"(kOffset) : "memory");
 }
 
 // 8x8 matrices of 16-bit elements; lane l of 8 i + r gives the address of row r of matrix i.
@@ -110,7 +112,11 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
 }
 
 // relu that passes NaN, as torch's.
-__device__ __forceinline__ float relu(float v) { return v < 0.f ? 0.f : v; }
+__device__ __forceinline__ float relu(float v) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(v));
+  return y;
+}
 
 // Eight consecutive floats of a per-channel vector.
 struct Vector8 {

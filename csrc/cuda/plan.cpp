@@ -96,19 +96,18 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
 
   const int units = ceil_div(positions, kUnit), most_units = g == Geometry::s1 ? 8 : 4;
   const int soft_limit = std::min(device.shared_bytes, blocks_per_sm == 2 ? 80 * 1024 : 160 * 1024);
-  bool fits = false;
-  for (p.strips = ceil_div(units, most_units); !fits; ++p.strips) {
-    p.units = ceil_div(units, p.strips);
-    for (p.streams = std::min(std::max(1, most_units / p.units), p.N); p.streams > 0 && !fits; --p.streams) {
-      p.tiles = ceil_div(p.streams * p.units, 2);
-      p.pitch = p.units * kUnit * in_stride(g) + (g == Geometry::t2 ? 1 : 2);
-      t.shared_bytes = shared_bytes(p, g, forward, dweight_only, p.out != nullptr);
-      fits = t.shared_bytes <= soft_limit || (p.units == 1 && p.streams == 1);
-      if (fits) break;
-    }
-    if (fits) break;
-  }
-  p.strips = ceil_div(units, p.units);
+  const auto lay_out = [&](int width, int streams) {  // whether it fits
+    p.units = width;
+    p.streams = streams;
+    p.tiles = ceil_div(streams * width, 2);
+    p.pitch = width * kUnit * in_stride(g) + (g == Geometry::t2 ? 1 : 2);
+    t.shared_bytes = shared_bytes(p, g, forward, dweight_only, p.out != nullptr);
+    return t.shared_bytes <= soft_limit;
+  };
+  int strips = ceil_div(units, most_units);
+  while (!lay_out(ceil_div(units, strips), 1) && strips < units) ++strips;
+  const int width = ceil_div(units, strips);
+  p.strips = ceil_div(units, width);
   if (t.shared_bytes > device.shared_bytes) throw std::invalid_argument("the device has too little shared memory");
 
   t.channel_blocks = static_cast<unsigned>(ceil_div(p.C / 8, p.block_chunks));
@@ -116,29 +115,35 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
 
   // Time in bytes a multiprocessor moves: full rounds of blocks, each of set-up (weights) and turns; and the partial
   // dweight of every part, written and read again.
-  const int image_groups = ceil_div(p.N, p.streams);
-  const double turn_bytes = 2.0 * out_rows * p.streams * p.units * kUnit * p.block_chunks * 16;
   const double setup_bytes = 2.0 * p.block_chunks * 8 * p.D * 18;
   const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
   double best = -1;
-  for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
-    const int segment_steps = ceil_div(p.steps, segments);
-    if (ceil_div(p.steps, segment_steps) != segments) continue;
-    const int64_t per_walk = static_cast<int64_t>(t.channel_blocks) * t.pair_blocks * p.strips * segments;
-    for (int rounds = 1; rounds <= 8; ++rounds) {
-      const int64_t wanted = std::max<int64_t>(1, rounds * int64_t{device.multiprocessors} / per_walk);
-      const int walk = ceil_div<int64_t>(image_groups, std::min<int64_t>(wanted, image_groups));
-      const int walks = ceil_div(image_groups, walk);
-      const double full_rounds = ceil_div<int64_t>(per_walk * walks, device.multiprocessors);
-      const double parts = static_cast<double>(p.strips) * segments * walks;
-      const double time = full_rounds * (setup_bytes + walk * (segment_steps + 1) * turn_bytes) +
-                          (parts > 1 ? parts * partial_bytes / device.multiprocessors : 0);
-      if (best < 0 || time < 0.99 * best) {
-        best = time;
-        p.segments = segments, p.segment_steps = segment_steps, p.walk = walk, p.walks = walks;
+  int best_streams = 1;
+  for (int streams = std::min(std::max(1, most_units / width), p.N); streams > 0; --streams) {
+    if (!lay_out(width, streams) && streams > 1) continue;
+    const int image_groups = ceil_div(p.N, streams);
+    // a turn costs its tiles of 16 positions, and something by itself
+    const double turn_bytes = 2.0 * out_rows * (p.tiles + 0.5) * 16 * p.block_chunks * 16;
+    for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
+      const int segment_steps = ceil_div(p.steps, segments);
+      if (ceil_div(p.steps, segment_steps) != segments) continue;
+      const int64_t per_walk = static_cast<int64_t>(t.channel_blocks) * t.pair_blocks * p.strips * segments;
+      for (int rounds = 1; rounds <= 8; ++rounds) {
+        const int64_t wanted = std::max<int64_t>(1, rounds * int64_t{device.multiprocessors} / per_walk);
+        const int walk = ceil_div<int64_t>(image_groups, std::min<int64_t>(wanted, image_groups));
+        const int walks = ceil_div(image_groups, walk);
+        const double full_rounds = ceil_div<int64_t>(per_walk * walks, device.multiprocessors);
+        const double parts = static_cast<double>(p.strips) * segments * walks;
+        const double time = full_rounds * (setup_bytes + walk * (segment_steps + 1) * turn_bytes) +
+                            (parts > 1 ? parts * partial_bytes / device.multiprocessors : 0);
+        if (best < 0 || time < 0.99 * best) {
+          best = time, best_streams = streams;
+          p.segments = segments, p.segment_steps = segment_steps, p.walk = walk, p.walks = walks;
+        }
       }
     }
   }
+  lay_out(width, best_streams);
   p.pitch_magic = magic(p.pitch);
   p.stream_magic = magic(p.units * kUnit * out_stride(g));
   p.unit_magic = magic(p.units);
