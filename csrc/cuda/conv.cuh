@@ -98,10 +98,6 @@ struct Conv {
   }
 
   __device__ __forceinline__ bool active() const { return 2 * pair < chunks; }
-  __device__ __forceinline__ int row_pixels() const { return p.streams * p.pitch; }
-  __device__ __forceinline__ int group_bytes() const { return kGroupRows * row_pixels() * kPixelBytes; }
-  __device__ __forceinline__ int out_row_pixels() const { return p.tiles * 2 * kUnit * kOutStride; }
-  __device__ __forceinline__ int side_bytes() const { return kStepRows * out_row_pixels() * kPixelBytes; }
 
   static __device__ __forceinline__ uint32_t place(unsigned pixel, int chunk, int stride) {
     return pixel * kPixelBytes + (chunk << 4 ^ (pixel * (16 / stride) & 0x70));
@@ -187,7 +183,7 @@ struct Conv {
     uint32_t shared;  // from the start of the row, of chunk 0; chunk c is at shared ^ 16 c
   };
   __device__ __forceinline__ uint32_t in_places() const { return ring + p.places_offset; }
-  __device__ __forceinline__ uint32_t out_places() const { return in_places() + row_pixels() * sizeof(Place); }
+  __device__ __forceinline__ uint32_t out_places() const { return in_places() + p.in_pixels * sizeof(Place); }
 
   __device__ __forceinline__ static void store_place(uint32_t to, int32_t global, uint32_t shared) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(global), "r"(shared) : "memory");
@@ -199,14 +195,14 @@ struct Conv {
   }
 
   __device__ __forceinline__ void make_places() const {
-    for (int i = thread; i < row_pixels(); i += kThreads) {
+    for (int i = thread; i < p.in_pixels; i += kThreads) {
       const int stream = divide(i, p.pitch_magic);
       const int column = kInStride * column0 + i - stream * p.pitch - (G != Geometry::t2);
       const bool inside = column >= 0 && column < p.in_w;
       const int32_t global = (stream * p.in_h * p.in_w + column) * (p.C / 8);
       store_place(in_places() + i * sizeof(Place), inside ? global : -1, place(i, 0, kInStride));
     }
-    for (int i = thread; i < out_row_pixels(); i += kThreads) {
+    for (int i = thread; i < p.out_pixels; i += kThreads) {
       const int stream = divide(i, p.stream_magic);
       const int column = kOutStride * column0 + i - stream * p.units * kUnit * kOutStride;
       const bool inside = stream < p.streams && column < p.out_w;
@@ -237,26 +233,30 @@ struct Conv {
   template <class F>
   __device__ __forceinline__ void each_input(int walked, int group, F f) const {
     if (thread % kSlots >= p.slots) return;
-    each_place<kGroupRows>(in_places(), row_pixels(), p.pitch, walked, first_input_row(group), p.in_h, f);
+    each_place<kGroupRows>(in_places(), p.in_pixels, p.pitch, walked, first_input_row(group), p.in_h, f);
   }
   template <class F>
   __device__ __forceinline__ void each_output(int walked, int step, F f) const {
-    each_place<kStepRows>(out_places(), out_row_pixels(), p.units * kUnit * kOutStride, walked, kStepRows * step,
+    each_place<kStepRows>(out_places(), p.out_pixels, p.units * kUnit * kOutStride, walked, kStepRows * step,
                           p.out_h, f);
   }
 
   static __device__ __forceinline__ int first_input_row(int group) {
     return G == Geometry::t2 ? group : 2 * group - 1;
   }
-  __device__ __forceinline__ int64_t first_image(int walked) const { return image0 + walked * p.streams; }
   __device__ __forceinline__ int own_channel() const { return channel0 + thread % kSlots * 8; }
+  // In bytes: this thread's chunk in column 0 of a row of the first of the images; the row may lie outside.
+  __device__ __forceinline__ int64_t input_start(int walked, int group) const {
+    return (image0 + walked * p.streams) * p.in_image + first_input_row(group) * p.in_row + own_channel() * 2;
+  }
+  __device__ __forceinline__ int64_t output_start(int walked, int step) const {
+    return (image0 + walked * p.streams) * p.out_image + kStepRows * step * p.out_row + own_channel() * 2;
+  }
 
-  __device__ __forceinline__ void fetch_input(int turn, int walked, int group) const {
-    const uint32_t to = ring + turn % kRing * group_bytes();
-    const int64_t start = ((first_image(walked) * p.in_h + first_input_row(group)) * p.in_w * p.C + own_channel()) * 2;
-    const int64_t row_bytes = int64_t{2} * p.in_w * p.C;
+  __device__ __forceinline__ void fetch_input(uint32_t to, int walked, int group) const {
+    const int64_t start = input_start(walked, group);
     each_input(walked, group, [&](int r, uint32_t offset, int32_t at, bool valid) {
-      const int64_t from = start + r * row_bytes + at * int64_t{16};
+      const int64_t from = start + r * p.in_row + at * int64_t{16};
       copy_async(to + offset, static_cast<const char*>(p.in) + from, valid);
       if constexpr (!kForward) {
         if (p.in_z) copy_async(ring + p.z_offset + offset, static_cast<const char*>(p.in_z) + from, valid);
@@ -264,18 +264,12 @@ struct Conv {
       }
     });
   }
-  __device__ __forceinline__ void fetch_side(int turn, int walked, int step) const {
+  __device__ __forceinline__ void fetch_side(uint32_t to, int walked, int step) const {
     if (!p.side) return;
-    const uint32_t to = ring + p.side_offset + turn % 2 * side_bytes();
     const char* start = static_cast<const char*>(p.side) + output_start(walked, step);
-    const int64_t row_bytes = int64_t{2} * p.out_w * p.C;
     each_output(walked, step, [&](int r, uint32_t offset, int32_t at, bool valid) {
-      copy_async(to + offset, start + r * row_bytes + at * int64_t{16}, valid);
+      copy_async(to + offset, start + r * p.out_row + at * int64_t{16}, valid);
     });
-  }
-  // In bytes: this thread's chunk in column 0 of the first image's first row of a step.
-  __device__ __forceinline__ int64_t output_start(int walked, int step) const {
-    return ((first_image(walked) * p.out_h + kStepRows * step) * p.out_w * p.C + own_channel()) * 2;
   }
 
   // In place, on what this thread fetched itself; what lies outside the image stays zero.
@@ -286,8 +280,7 @@ struct Conv {
     for (int i = 0; i < 8; ++i) v[i] = relu(scale.v[i] * v[i] + shift.v[i]);
     store_shared(at, pack<T>(v));
   }
-  __device__ __forceinline__ void transform_input(int turn, int walked, int group) const {
-    const uint32_t base = ring + turn % kRing * group_bytes();
+  __device__ __forceinline__ void transform_input(uint32_t base, int walked, int group) const {
     const int channel = own_channel();
     if (thread % kSlots >= chunks) return;
     if constexpr (kForward) {
@@ -325,9 +318,8 @@ struct Conv {
       });
     }
   }
-  __device__ __forceinline__ void transform_side(int turn, int walked, int step) const {
+  __device__ __forceinline__ void transform_side(uint32_t base, int walked, int step) const {
     if (!p.side || !p.side_scale || thread % kSlots >= chunks) return;
-    const uint32_t base = ring + p.side_offset + turn % 2 * side_bytes();
     const int channel = own_channel();
     const Vector8 scale(p.side_scale + channel), shift(p.side_shift + channel);
     each_output(walked, step, [&](int, uint32_t offset, int32_t, bool valid) {
@@ -341,12 +333,11 @@ struct Conv {
   struct Rows {
     uint32_t at[kInRows];
   };
-  __device__ __forceinline__ Rows input_rows(int turn) const {
+  __device__ __forceinline__ Rows input_rows(uint32_t before, uint32_t now) const {
     Rows rows;
-    const uint32_t before = ring + (turn + kRing - 1) % kRing * group_bytes(), now = ring + turn % kRing * group_bytes();
 #pragma unroll
     for (int i = 0; i < kInRows; ++i) {
-      rows.at[i] = (i < kGroupRows ? before : now) + i % kGroupRows * row_pixels() * kPixelBytes;
+      rows.at[i] = (i < kGroupRows ? before : now) + i % kGroupRows * p.in_pixels * kPixelBytes;
     }
     return rows;
   }
@@ -418,7 +409,7 @@ struct Conv {
     const uint32_t first = side + place((16 * tile + lane % 16) * kOutStride, in_chunk + lane / 16, kOutStride);
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      load_transposed(b[o], first + (o / kOutStride * out_row_pixels() + o % kOutStride) * kPixelBytes);
+      load_transposed(b[o], first + (o / kOutStride * p.out_pixels + o % kOutStride) * kPixelBytes);
     }
     const int pixel = unit_pixel(2 * tile + lane / 16);
     if constexpr (Q == 1) {
@@ -483,7 +474,7 @@ struct Conv {
     // All 16 positions have a place; those outside the image are not copied out, and not counted.
     // Chunk c of a position's first pixel is at `first` ^ 16 c: the position's place in its unit is lane / 4.
     const uint32_t first = out + (16 * tile + lane / 4) * kOutStride * kPixelBytes + (lane / 4 << 4) + lane % 4 * 4;
-    const int row_bytes = out_row_pixels() * kPixelBytes;
+    const int row_bytes = p.out_pixels * kPixelBytes;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       bool inside = true;
@@ -540,9 +531,8 @@ struct Conv {
 
   __device__ __forceinline__ void store_output(uint32_t out, int walked, int step) const {
     char* start = static_cast<char*>(p.out) + output_start(walked, step);
-    const int64_t row_bytes = int64_t{2} * p.out_w * p.C;
     each_output(walked, step, [&](int r, uint32_t offset, int32_t at, bool valid) {
-      if (valid) *reinterpret_cast<uint4*>(start + r * row_bytes + at * int64_t{16}) = load_shared(out + offset);
+      if (valid) *reinterpret_cast<uint4*>(start + r * p.out_row + at * int64_t{16}) = load_shared(out + offset);
     });
   }
 
@@ -688,24 +678,27 @@ struct Conv {
     const int walked_end = min(p.walk, (p.N - image0 + p.streams - 1) / p.streams);
     const int turns = walked_end * groups;
     int walked = 0, group = 0;
+    // the groups of the ring: before this turn's, this turn's, the next turn's; the same for the side's steps
+    uint32_t before = ring + 2 * p.group_bytes, now = ring, next = ring + p.group_bytes;
+    uint32_t side = ring + p.side_offset, next_side = side + p.side_bytes;
     __syncthreads();
-    fetch_input(0, 0, step0);
+    fetch_input(now, 0, step0);
     for (int turn = 0; turn < turns; ++turn) {
       int next_walked = walked, next_group = group + 1;
       if (next_group == groups) ++next_walked, next_group = 0;
       wait_copies();
-      transform_input(turn, walked, step0 + group);
-      if (group > 0) transform_side(turn, walked, step0 + group - 1);
+      transform_input(now, walked, step0 + group);
+      if (group > 0) transform_side(side, walked, step0 + group - 1);
       __syncthreads();
       if (turn + 1 < turns) {
-        fetch_input(turn + 1, next_walked, step0 + next_group);
-        if (next_group > 0) fetch_side(turn + 1, next_walked, step0 + next_group - 1);
+        fetch_input(next, next_walked, step0 + next_group);
+        if (next_group > 0) fetch_side(next_side, next_walked, step0 + next_group - 1);
       }
       if (group > 0) {
         const int step = step0 + group - 1;
-        const uint32_t out = ring + p.out_offset + (kForward && p.side ? turn % 2 * side_bytes() : 0);
+        const uint32_t out = kForward && p.side ? side : ring + p.out_offset;
         if (active()) {
-          const Rows rows = input_rows(turn);
+          const Rows rows = input_rows(before, now);
           if constexpr (kHasConv) {
             if (convolves) {
               for (int tile = half; tile < p.tiles; tile += 2) {
@@ -717,7 +710,6 @@ struct Conv {
           }
           if constexpr (kHasDweight) {
             if (adds) {
-              const uint32_t side = ring + p.side_offset + turn % 2 * side_bytes();
               for (int tile = kSplits == 2 ? half : 0; tile < p.tiles; tile += kSplits) {
                 add_dweight(gradient, rows, side, tile);
               }
@@ -730,6 +722,9 @@ struct Conv {
         }
       }
       walked = next_walked, group = next_group;
+      const uint32_t free = before, free_side = side;
+      before = now, now = next, next = free;
+      side = next_side, next_side = free_side;
     }
     if constexpr (kForward) {
       if (p.stats) {

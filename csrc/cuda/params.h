@@ -60,6 +60,9 @@ struct ConvParams {
   int32_t walk;                     // groups of `streams` images that a block walks through
   int32_t steps, segment_steps;     // per image, per segment
   int32_t pitch;                    // input pixels per stream and row in shared memory
+  int64_t in_row, in_image, out_row, out_image;  // bytes from one to the next in global memory
+  int32_t in_pixels, out_pixels;                 // of one row in shared memory
+  int32_t group_bytes, side_bytes;               // of a group of input rows, of the rows of a step
   uint32_t pitch_magic, stream_magic, unit_magic;  // x / d == x * magic >> 20 for x < 2048
   int32_t z_offset, y_offset, side_offset, out_offset, places_offset;  // in shared memory; the ring starts at 0
 };

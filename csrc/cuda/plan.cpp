@@ -63,8 +63,11 @@ struct Tiling {
 };
 
 int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, bool writes_out) {
-  const int group = rows_per_group(g) * p.streams * p.pitch * kPixelBytes;
-  const int side = rows_per_step(g) * p.tiles * 2 * kUnit * out_stride(g) * kPixelBytes;
+  p.in_pixels = p.streams * p.pitch;
+  p.out_pixels = p.tiles * 2 * kUnit * out_stride(g);
+  p.group_bytes = rows_per_group(g) * p.in_pixels * kPixelBytes;
+  p.side_bytes = rows_per_step(g) * p.out_pixels * kPixelBytes;
+  const int group = p.group_bytes, side = p.side_bytes;
   int offset = kRing * group;
   p.z_offset = offset;
   if (!forward && p.in_z) offset += group;
@@ -81,7 +84,7 @@ int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, boo
   const int dweight_rows = dweight_only && p.band == 8 ? std::min(rows, 32) : rows;
   const int dweight = p.dweight ? dweight_rows * p.D * 9 * 4 : 0;
   p.places_offset = ceil_div(std::max({offset, weights, dweight}), 16) * 16;
-  return p.places_offset + (p.streams * p.pitch + p.tiles * 2 * kUnit * out_stride(g)) * 8;
+  return p.places_offset + (p.in_pixels + p.out_pixels) * 8;
 }
 
 // Divides the map into strips of columns, and images into walks, so that the blocks fill the device evenly.
@@ -144,6 +147,8 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
     }
   }
   lay_out(width, best_streams);
+  p.in_row = int64_t{2} * p.in_w * p.C, p.in_image = p.in_row * p.in_h;
+  p.out_row = int64_t{2} * p.out_w * p.C, p.out_image = p.out_row * p.out_h;
   p.pitch_magic = magic(p.pitch);
   p.stream_magic = magic(p.units * kUnit * out_stride(g));
   p.unit_magic = magic(p.units);
