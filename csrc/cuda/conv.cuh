@@ -585,10 +585,11 @@ struct Conv {
   __device__ __forceinline__ void store_dweight(const Gradient& gradient) const {
     const int first_row = P == Pass::dweight && Q == 8 ? 32 * blockIdx.z : 0;
     const int rows = min(chunks * 8, P == Pass::dweight && Q == 8 ? first_row + 32 : 64) - first_row;
+    const int row = p.D * 9, pitch = p.D % 8 == 0 ? row + 4 : row;  // spreads the rows over the banks
     const auto put = [&](int split, int out, int in, int tap, float value) {
       const int i = in - out / p.D * p.D;
       if (out >= chunks * 8 || i < 0 || i >= p.D) return;
-      const uint32_t to = ring + (((out - first_row) * p.D + i) * 9 + tap) * 4;
+      const uint32_t to = ring + ((out - first_row) * pitch + i * 9 + tap) * 4;
       if (split) value += __uint_as_float(load_shared_word(to));
       store_shared_word(to, __float_as_uint(value));
     };
@@ -628,19 +629,25 @@ struct Conv {
     }
     __syncthreads();
     if (rows <= 0) return;
-    const int64_t begin = static_cast<int64_t>(channel0 + first_row) * p.D * 9;
-    if (p.dweight) {
-      T* to = static_cast<T*>(p.dweight) + begin;
-      for (int i = thread * 8; i < rows * p.D * 9; i += kThreads * 8) {
-        const uint4 lo = load_shared(ring + i * 4), hi = load_shared(ring + i * 4 + 16);
-        const float v[8] = {__uint_as_float(lo.x), __uint_as_float(lo.y), __uint_as_float(lo.z), __uint_as_float(lo.w),
-                            __uint_as_float(hi.x), __uint_as_float(hi.y), __uint_as_float(hi.z), __uint_as_float(hi.w)};
-        *reinterpret_cast<uint4*>(to + i) = pack<T>(v);
-      }
-    } else {
-      float* to = p.dweight_partial + static_cast<int64_t>(blockIdx.y) * p.C * p.D * 9 + begin;
-      for (int i = thread * 4; i < rows * p.D * 9; i += kThreads * 4) {
-        *reinterpret_cast<uint4*>(to + i) = load_shared(ring + i * 4);
+    const int64_t begin = static_cast<int64_t>(channel0 + first_row) * row;
+    float* partial = p.dweight_partial + static_cast<int64_t>(blockIdx.y) * p.C * row + begin;
+    T* result = static_cast<T*>(p.dweight) + begin;
+    // rows of `pitch` elements by themselves, 8 threads to a row, or all in one piece
+    const bool pieces = pitch != row;
+    const int step = pieces ? 64 : kThreads * 8, length = pieces ? row : rows * row;
+    for (int r = pieces ? thread / 8 : 0; r < (pieces ? rows : 1); r += kThreads / 8) {
+      for (int i = (pieces ? thread % 8 : thread) * 8; i < length; i += step) {
+        const uint32_t from = ring + (r * pitch + i) * 4;
+        const uint4 lo = load_shared(from), hi = load_shared(from + 16);
+        if (p.dweight) {
+          const float v[8] = {__uint_as_float(lo.x), __uint_as_float(lo.y), __uint_as_float(lo.z),
+                              __uint_as_float(lo.w), __uint_as_float(hi.x), __uint_as_float(hi.y),
+                              __uint_as_float(hi.z), __uint_as_float(hi.w)};
+          *reinterpret_cast<uint4*>(result + r * row + i) = pack<T>(v);
+        } else {
+          reinterpret_cast<uint4*>(partial + r * row + i)[0] = lo;
+          reinterpret_cast<uint4*>(partial + r * row + i)[1] = hi;
+        }
       }
     }
   }

@@ -63,9 +63,9 @@ void check(cudaError_t error, const std::string& what) {
 // Makes `device` current for as long as it lives.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) : device_(device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+  DeviceGuard(int device, const std::string& what) : device_(device) {
+    check(cudaGetDevice(&before_), what);
+    if (before_ != device_) check(cudaSetDevice(device_), what);
   }
   ~DeviceGuard() {
     if (before_ != device_) cudaSetDevice(before_);
@@ -109,7 +109,8 @@ Device device(int index) {
 }
 
 void run(const Plan& plan, void* workspace, int device, void* stream) {
-  const DeviceGuard guard(device);
+  if (plan.launches.empty()) return;
+  const DeviceGuard guard(device, "CUDA kernel " + plan.launches[0].kernel);
   for (const Launch& each : plan.launches) launch(each, workspace, device, static_cast<cudaStream_t>(stream));
 }
 

@@ -82,7 +82,7 @@ int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, boo
   const int rows = p.block_chunks * 8;
   const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 8 ? 0 : 8)) * 2 + 32;
   const int dweight_rows = dweight_only && p.band == 8 ? std::min(rows, 32) : rows;
-  const int dweight = p.dweight ? dweight_rows * p.D * 9 * 4 : 0;
+  const int dweight = p.dweight ? dweight_rows * (p.D * 9 + (p.D % 8 ? 0 : 4)) * 4 : 0;
   p.places_offset = ceil_div(std::max({offset, weights, dweight}), 16) * 16;
   return p.places_offset + (p.in_pixels + p.out_pixels) * 8;
 }
@@ -118,6 +118,7 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
 
   // Time in bytes a multiprocessor moves: full rounds of blocks, each of set-up (weights) and turns; and the partial
   // dweight of every part, written and read again.
+  const double tensors = forward ? 2 : 5;  // that a turn reads and writes; one more for two products than for one
   const double setup_bytes = 2.0 * p.block_chunks * 8 * p.D * 18;
   const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
   double best = -1;
@@ -126,7 +127,7 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
     if (!lay_out(width, streams) && streams > 1) continue;
     const int image_groups = ceil_div(p.N, streams);
     // a turn costs its tiles of 16 positions, and something by itself
-    const double turn_bytes = 2.0 * out_rows * (p.tiles + 0.5) * 16 * p.block_chunks * 16;
+    const double turn_bytes = tensors * out_rows * (p.tiles + 0.5) * 16 * p.block_chunks * 16;
     for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
       const int segment_steps = ceil_div(p.steps, segments);
       if (ceil_div(p.steps, segment_steps) != segments) continue;

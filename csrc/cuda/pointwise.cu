@@ -17,18 +17,19 @@ namespace {
 
 constexpr int kRows = kThreads / kSlots;  // threads of one channel in a block
 constexpr int kFlight = 4;                // rows that a thread loads before it uses the first
+constexpr int kSumsFlight = 2;            // the same where the sums need the registers
 
-// Calls load(i, element) for up to kFlight rows, then use(i, element) for the same.
-template <class Load, class Use>
+// Calls load(i, element) for up to kAhead rows, then use(i, element) for the same.
+template <int kAhead, class Load, class Use>
 __device__ __forceinline__ void each_row(const PointwiseParams& p, int channel, Load load, Use use) {
   const int64_t step = static_cast<int64_t>(p.parts) * kRows;
-  for (int64_t m = blockIdx.y * kRows + threadIdx.x / kSlots; m < p.M; m += kFlight * step) {
+  for (int64_t m = blockIdx.y * kRows + threadIdx.x / kSlots; m < p.M; m += kAhead * step) {
 #pragma unroll
-    for (int i = 0; i < kFlight; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       if (m + i * step < p.M) load(i, (m + i * step) * p.C + channel);
     }
 #pragma unroll
-    for (int i = 0; i < kFlight; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       if (m + i * step < p.M) use(i, (m + i * step) * p.C + channel);
     }
   }
@@ -59,7 +60,7 @@ __device__ __forceinline__ void normalize_relu(const PointwiseParams& p) {
   Vector8 res_scale = scale, res_shift = shift;  // used only if given
   if (p.res_scale) res_scale = Vector8(p.res_scale + channel), res_shift = Vector8(p.res_shift + channel);
   uint4 z[kFlight], residual[kFlight];
-  each_row(
+  each_row<kFlight>(
       p, channel,
       [&](int i, int64_t element) {
         z[i] = load<T>(p.z, element);
@@ -103,7 +104,7 @@ __device__ __forceinline__ void bn_relu_dz(const PointwiseParams& p) {
   Vector8 b = a, c = a;  // used only if given
   if (p.b) b = Vector8(p.b + channel), c = Vector8(p.c + channel);
   uint4 dy[kFlight], z[kFlight], y[kFlight];
-  each_row(
+  each_row<kFlight>(
       p, channel,
       [&](int i, int64_t element) {
         dy[i] = load<T>(p.dy, element);
@@ -131,8 +132,8 @@ __device__ __forceinline__ void bn_relu_sums(const PointwiseParams& p) {
   float sum_g[8] = {}, sum_g_xhat[8] = {};
   if (channel < p.C) {
     const Vector8 scale(p.scale + channel), shift(p.shift + channel), mean(p.mean + channel), rstd(p.rstd + channel);
-    uint4 dy[kFlight], z[kFlight], y[kFlight];
-    each_row(
+    uint4 dy[kSumsFlight], z[kSumsFlight], y[kSumsFlight];
+    each_row<kSumsFlight>(
         p, channel,
         [&](int i, int64_t element) {
           dy[i] = load<T>(p.dy, element);
@@ -168,7 +169,7 @@ __device__ __forceinline__ void moments(const PointwiseParams& p) {
   const int channel = first_channel(), row = threadIdx.x / kSlots, column = threadIdx.x % kSlots * 8;
   float n = 0.f, mean[8] = {}, m2[8] = {};
   uint4 z[kFlight];
-  each_row(
+  each_row<kFlight>(
       p, channel,
       [&](int i, int64_t element) {
         if (channel < p.C) z[i] = load<T>(p.z, element);
