@@ -21,8 +21,14 @@ from torch import Tensor
 from resnext_kernels.backends import cuda
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-# What plans depend on: multiprocessors, and shared memory that one block can have.
-DEVICES = {"A100": (108, 166912), "H100": (132, 232448), "RTX4090": (128, 101376)}
+# What plans depend on: multiprocessors, and shared memory that one block can have. "single" is no
+# real device: one multiprocessor makes a block walk through all images.
+DEVICES = {
+    "A100": (108, 166912),
+    "H100": (132, 232448),
+    "RTX4090": (128, 101376),
+    "single": (1, 101376),
+}
 
 
 def why_not() -> str | None:
