@@ -1,4 +1,4 @@
-"""What the CUDA kernels would do, from their compiled PTX run by an emulator: modelled, not measured.
+"""What the CUDA kernels would do, from their PTX run by an emulator: modelled, not measured.
 
 `python -m bench.modelled_cuda` runs every 3x3 layer of ResNeXt-50 32x4d through the CUDA backend's
 own functions and plans, on CPU tensors (`bench.emulator`). ptxemu counts instructions, sectors,

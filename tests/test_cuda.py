@@ -19,9 +19,9 @@ from types import ModuleType
 import pytest
 import test_backend_functions as contract
 import torch
-from bench import emulator
 from cases import CASES, FEW, Case, Target
 
+from bench import emulator
 from resnext_kernels.backends import cuda
 from resnext_kernels.problem import ConvProblem
 
@@ -242,7 +242,7 @@ def test_errors_of_the_runtime_name_the_kernel() -> None:
     """Device 63 exists nowhere; without a driver no device does."""
     device = _C.CudaDevice(*emulator.DEVICES["A100"])
     plan = _C.cuda_plan_batch_stats(2, 64, 64, device, 0, 0, 0)
-    with pytest.raises(RuntimeError, match="CUDA kernel moments_f16: .+"):
+    with pytest.raises(RuntimeError, match=r"CUDA kernel moments_f16: .+"):
         _C.cuda_run(plan, 0, 63, 0)
 
 

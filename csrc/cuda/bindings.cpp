@@ -24,7 +24,9 @@ Affine affine(Pointer scale, Pointer shift) { return {vec(scale), vec(shift)}; }
 
 void bind(py::module_& m) {
   py::class_<Device>(m, "CudaDevice", "What a plan depends on of a device.")
-      .def(py::init([](int multiprocessors, int shared_bytes) { return Device{multiprocessors, shared_bytes}; }),
+      .def(py::init([](int multiprocessors, int shared_bytes) {
+             return Device{multiprocessors, shared_bytes};
+           }),
            py::arg("multiprocessors"), py::arg("shared_bytes"))
       .def_readonly("multiprocessors", &Device::multiprocessors)
       .def_readonly("shared_bytes", &Device::shared_bytes);
@@ -46,12 +48,11 @@ void bind(py::module_& m) {
           return plan_conv_affine_relu(problem, device, in(x), in(weight), affine(scale, shift), in(residual),
                                        affine(in_scale, in_shift), out(y));
         });
-  m.def("cuda_plan_conv_stats",
-        [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight, Pointer in_scale,
-           Pointer in_shift, Pointer z, Pointer mean, Pointer var) {
-          return plan_conv_stats(problem, device, in(x), in(weight), affine(in_scale, in_shift), out(z), out_vec(mean),
-                                 out_vec(var));
-        });
+  m.def("cuda_plan_conv_stats", [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight,
+                                   Pointer in_scale, Pointer in_shift, Pointer z, Pointer mean, Pointer var) {
+    return plan_conv_stats(problem, device, in(x), in(weight), affine(in_scale, in_shift), out(z), out_vec(mean),
+                           out_vec(var));
+  });
   m.def("cuda_plan_conv_backward",
         [](const ConvProblem& problem, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
            Pointer y, Pointer a, Pointer b, Pointer c, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
@@ -67,8 +68,8 @@ void bind(py::module_& m) {
   m.def("cuda_plan_normalize_relu",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer scale, Pointer shift,
            Pointer residual, Pointer res_scale, Pointer res_shift, Pointer y) {
-          return plan_normalize_relu(static_cast<DType>(dtype), M, C, device, in(z), affine(scale, shift),
-                                     in(residual), affine(res_scale, res_shift), out(y));
+          return plan_normalize_relu(static_cast<DType>(dtype), M, C, device, in(z), affine(scale, shift), in(residual),
+                                     affine(res_scale, res_shift), out(y));
         });
   m.def("cuda_plan_bn_relu_backward",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,

@@ -153,7 +153,8 @@ struct Conv {
         const int in = (Q == 1 ? 2 * pair + j : band + k) * 8 + lane % 4 * 2 - group;
         uint32_t lo[5], hi[5];
         taps(lo, ring, exists && static_cast<unsigned>(in) < static_cast<unsigned>(p.D) ? origin + in * stride : zeros);
-        taps(hi, ring, exists && static_cast<unsigned>(in + 1) < static_cast<unsigned>(p.D) ? origin + (in + 1) * stride : zeros);
+        taps(hi, ring,
+             exists && static_cast<unsigned>(in + 1) < static_cast<unsigned>(p.D) ? origin + (in + 1) * stride : zeros);
 #pragma unroll
         for (int t = 0; t < 9; ++t) {
           const int y = t / 3, x = t % 3;
@@ -237,13 +238,11 @@ struct Conv {
   }
   template <class F>
   __device__ __forceinline__ void each_output(int walked, int step, F f) const {
-    each_place<kStepRows>(out_places(), p.out_pixels, p.units * kUnit * kOutStride, walked, kStepRows * step,
-                          p.out_h, f);
+    each_place<kStepRows>(out_places(), p.out_pixels, p.units * kUnit * kOutStride, walked, kStepRows * step, p.out_h,
+                          f);
   }
 
-  static __device__ __forceinline__ int first_input_row(int group) {
-    return G == Geometry::t2 ? group : 2 * group - 1;
-  }
+  static __device__ __forceinline__ int first_input_row(int group) { return G == Geometry::t2 ? group : 2 * group - 1; }
   __device__ __forceinline__ int own_channel() const { return channel0 + thread % kSlots * 8; }
   // In bytes: this thread's chunk in column 0 of a row of the first of the images; the row may lie outside.
   __device__ __forceinline__ int64_t input_start(int walked, int group) const {
@@ -469,8 +468,8 @@ struct Conv {
     float scale[2][2], shift[2][2];  // [chunk][column]
   };
 
-  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
-                                         Moments& moments, uint32_t out, int walked, int step, int tile) const {
+  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue, Moments& moments,
+                                         uint32_t out, int walked, int step, int tile) const {
     // All 16 positions have a place; those outside the image are not copied out, and not counted.
     // Chunk c of a position's first pixel is at `first` ^ 16 c: the position's place in its unit is lane / 4.
     const uint32_t first = out + (16 * tile + lane / 4) * kOutStride * kPixelBytes + (lane / 4 << 4) + lane % 4 * 4;
@@ -757,11 +756,10 @@ constexpr int min_blocks(int q, Pass pass) { return pass == Pass::forward && q <
 }  // namespace resnext_kernels::cuda
 
 // One kernel, visible under its plain name; plan.cpp composes the same names.
-#define RK_DEFINE_CONV(T, DTYPE, GEOMETRY, Q, PASS)                                                            \
-  extern "C" __global__ void __launch_bounds__(                                                                \
-      resnext_kernels::cuda::kThreads,                                                                         \
-      resnext_kernels::cuda::min_blocks(Q, resnext_kernels::cuda::Pass::PASS))                                 \
-      conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS(const __grid_constant__ resnext_kernels::cuda::ConvParams p) { \
-    resnext_kernels::cuda::conv<T, Q, resnext_kernels::cuda::Geometry::GEOMETRY,                               \
-                                resnext_kernels::cuda::Pass::PASS>(p);                                         \
+#define RK_DEFINE_CONV(T, DTYPE, GEOMETRY, Q, PASS)                                                                  \
+  extern "C" __global__ void __launch_bounds__(                                                                      \
+      resnext_kernels::cuda::kThreads, resnext_kernels::cuda::min_blocks(Q, resnext_kernels::cuda::Pass::PASS))      \
+      conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS(const __grid_constant__ resnext_kernels::cuda::ConvParams p) {       \
+    resnext_kernels::cuda::conv<T, Q, resnext_kernels::cuda::Geometry::GEOMETRY, resnext_kernels::cuda::Pass::PASS>( \
+        p);                                                                                                          \
   }

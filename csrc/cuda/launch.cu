@@ -1,5 +1,3 @@
-#include "launch.h"
-
 #include <cuda_runtime.h>
 
 #include <atomic>
@@ -9,6 +7,7 @@
 #include <unordered_map>
 
 #include "kernels.h"
+#include "launch.h"
 #include "params.h"
 
 using resnext_kernels::cuda::ConvParams;
@@ -102,7 +101,8 @@ void launch(const Launch& launch, void* workspace, int device, cudaStream_t stre
 
 Device device(int index) {
   Device found{};
-  check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index),
+        "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
         "cudaDeviceGetAttribute");
   return found;

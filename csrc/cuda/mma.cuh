@@ -48,7 +48,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
                : "memory");
 }
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[2], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(from)
+               : "memory");
 }
 __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -66,22 +69,22 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[2], uint32_t from)
 // d (16 x 8) += a (16 x 16) b (16 x 8), and the same with 8 columns of a.
 template <class T>
 struct Mma;
-#define RK_MMA(T, TYPE)                                                                                              \
-  template <>                                                                                                        \
-  struct Mma<T> {                                                                                                    \
-    __device__ static __forceinline__ void k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,    \
-                                               uint32_t b0, uint32_t b1) {                                           \
-      asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                            \
-                   ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
-                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
-                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                          \
-    }                                                                                                                \
-    __device__ static __forceinline__ void k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {                \
-      asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE                                             \
-                   ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                                        \
-                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
-                   : "r"(a0), "r"(a1), "r"(b0));                                                                     \
-    }                                                                                                                \
+#define RK_MMA(T, TYPE)                                                                                           \
+  template <>                                                                                                     \
+  struct Mma<T> {                                                                                                 \
+    __device__ static __forceinline__ void k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                                               uint32_t b0, uint32_t b1) {                                        \
+      asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                                  \
+          ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                  \
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                        \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                \
+    }                                                                                                             \
+    __device__ static __forceinline__ void k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {             \
+      asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE                                                   \
+          ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                                              \
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                        \
+          : "r"(a0), "r"(a1), "r"(b0));                                                                           \
+    }                                                                                                             \
   };
 RK_MMA(__half, "f16")
 RK_MMA(__nv_bfloat16, "bf16")

@@ -12,9 +12,9 @@ namespace resnext_kernels::cuda {
 enum class Geometry : int { s1, s2, t2 };
 
 constexpr int kThreads = 256;
-constexpr int kSlots = 8;          // 16-byte chunks (8 channels) of one pixel in shared memory: 128 bytes
-constexpr int kUnit = 8;           // pixels of one ldmatrix matrix
-constexpr int kRing = 3;           // groups of input rows in shared memory: two in use, one in flight
+constexpr int kSlots = 8;  // 16-byte chunks (8 channels) of one pixel in shared memory: 128 bytes
+constexpr int kUnit = 8;   // pixels of one ldmatrix matrix
+constexpr int kRing = 3;   // groups of input rows in shared memory: two in use, one in flight
 constexpr int kPixelBytes = 16 * kSlots;
 
 constexpr int rows_per_group(Geometry g) { return g == Geometry::t2 ? 1 : 2; }  // input rows loaded per step
@@ -44,25 +44,25 @@ struct ConvParams {
   void* out;
   const float* out_scale;  // forward: relu(out_scale * conv + out_shift [+ residual]); null: conv alone
   const float* out_shift;
-  float* stats;     // forward: (parts, 3, C) count, mean, squared deviations; null: none
+  float* stats;            // forward: (parts, 3, C) count, mean, squared deviations; null: none
   float* dweight_partial;  // backward: (parts, K, D, 9); null: dweight is written directly
   void* dweight;           // null: not needed, unless dweight_partial
 
   int32_t N, C, D;
   int32_t in_h, in_w, out_h, out_w;
-  int32_t block_chunks;  // chunks of a block's channels, the last block may have fewer
-  int32_t slots;         // chunks of a pixel that are filled in shared memory (zeros behind the block's own)
-  int32_t band;          // input chunks that a pair of output chunks reads: Q of the kernel
-  int32_t units;         // units of 8 positions per strip and row
-  int32_t streams;       // images side by side in one block
-  int32_t tiles;         // pairs of units: the 16 rows of one mma
+  int32_t block_chunks;             // chunks of a block's channels, the last block may have fewer
+  int32_t slots;                    // chunks of a pixel that are filled in shared memory (zeros behind the block's own)
+  int32_t band;                     // input chunks that a pair of output chunks reads: Q of the kernel
+  int32_t units;                    // units of 8 positions per strip and row
+  int32_t streams;                  // images side by side in one block
+  int32_t tiles;                    // pairs of units: the 16 rows of one mma
   int32_t strips, segments, walks;  // parts = strips * segments * walks, blockIdx.y counts them in that order
   int32_t walk;                     // groups of `streams` images that a block walks through
   int32_t steps, segment_steps;     // per image, per segment
   int32_t pitch;                    // input pixels per stream and row in shared memory
-  int64_t in_row, in_image, out_row, out_image;  // bytes from one to the next in global memory
-  int32_t in_pixels, out_pixels;                 // of one row in shared memory
-  int32_t group_bytes, side_bytes;               // of a group of input rows, of the rows of a step
+  int64_t in_row, in_image, out_row, out_image;    // bytes from one to the next in global memory
+  int32_t in_pixels, out_pixels;                   // of one row in shared memory
+  int32_t group_bytes, side_bytes;                 // of a group of input rows, of the rows of a step
   uint32_t pitch_magic, stream_magic, unit_magic;  // x / d == x * magic >> 20 for x < 2048
   int32_t z_offset, y_offset, side_offset, out_offset, places_offset;  // in shared memory; the ring starts at 0
 };
@@ -75,9 +75,9 @@ struct PointwiseParams {
   const void* z;
   const void* y;
   const void* residual;
-  const float *scale, *shift;            // of z
-  const float *res_scale, *res_shift;    // of the residual
-  const float *a, *b, *c;                // dz = a * g [+ b * z + c]
+  const float *scale, *shift;          // of z
+  const float *res_scale, *res_shift;  // of the residual
+  const float *a, *b, *c;              // dz = a * g [+ b * z + c]
   const float *mean, *rstd;
   void* out;
   float* partial;  // sums: (parts, 2, C), statistics: (parts, 3, C)

@@ -118,7 +118,6 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
 
   // Time in bytes a multiprocessor moves: full rounds of blocks, each of set-up (weights) and turns; and the partial
   // dweight of every part, written and read again.
-  const double tensors = forward ? 2 : 5;  // that a turn reads and writes; one more for two products than for one
   const double setup_bytes = 2.0 * p.block_chunks * 8 * p.D * 18;
   const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
   double best = -1;
@@ -126,8 +125,10 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   for (int streams = std::min(std::max(1, most_units / width), p.N); streams > 0; --streams) {
     if (!lay_out(width, streams) && streams > 1) continue;
     const int image_groups = ceil_div(p.N, streams);
-    // a turn costs its tiles of 16 positions, and something by itself
-    const double turn_bytes = tensors * out_rows * (p.tiles + 0.5) * 16 * p.block_chunks * 16;
+    // a turn costs its tiles of 16 positions, and its input pixels, which threads fetch 32 at a time
+    const double positions_done = out_rows * p.tiles * 16 * (forward ? 1.0 : 2.5);
+    const double pixels_done = rows_per_group(g) * ceil_div(p.in_pixels, 32) * 32 * (forward ? 1.0 : 2.5);
+    const double turn_bytes = (positions_done + pixels_done) * p.block_chunks * 16;
     for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
       const int segment_steps = ceil_div(p.steps, segments);
       if (ceil_div(p.steps, segment_steps) != segments) continue;
@@ -188,8 +189,8 @@ Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvPa
     plan.workspace_floats = int64_t{3} * t.parts() * problem.C;
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
     const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
-    plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1}, 1024, 0, reduce,
-                                   offsetof(ReduceParams, partial)));
+    plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1},
+                                   1024, 0, reduce, offsetof(ReduceParams, partial)));
   }
   return plan;
 }
@@ -295,10 +296,11 @@ Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, c
   const PointwiseParams p = pointwise(M, C, g, device);
   Plan plan;
   plan.workspace_floats = 3 * C * p.parts;
-  plan.launches.push_back(launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
+  plan.launches.push_back(
+      launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, mean, var, C, p.parts};
-  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1}, 1024, 0, reduce,
-                                 offsetof(ReduceParams, partial)));
+  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1}, 1024, 0,
+                                 reduce, offsetof(ReduceParams, partial)));
   return plan;
 }
 
@@ -320,11 +322,11 @@ Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& devi
   p.mean = mean, p.rstd = rstd;
   Plan plan;
   plan.workspace_floats = 2 * C * p.parts;
-  plan.launches.push_back(launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p,
-                                 offsetof(PointwiseParams, partial)));
+  plan.launches.push_back(
+      launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, sum_g, sum_g_xhat, C, p.parts};
-  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1}, 1024, 0, reduce,
-                                 offsetof(ReduceParams, partial)));
+  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1}, 1024, 0,
+                                 reduce, offsetof(ReduceParams, partial)));
   return plan;
 }
 

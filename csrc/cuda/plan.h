@@ -21,8 +21,8 @@ struct Launch {
   std::array<unsigned, 3> grid;
   unsigned block;
   int shared_bytes;
-  std::vector<char> params;    // the kernel's one argument
-  int workspace_at = -1;       // where in params the workspace's address belongs
+  std::vector<char> params;  // the kernel's one argument
+  int workspace_at = -1;     // where in params the workspace's address belongs
 };
 
 struct Plan {

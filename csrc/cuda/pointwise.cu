@@ -207,10 +207,10 @@ __device__ __forceinline__ void moments(const PointwiseParams& p) {
 
 using namespace resnext_kernels::cuda;
 
-#define RK_DEFINE_POINTWISE(T, DTYPE, NAME)                                                                         \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                        \
-      NAME##_##DTYPE(const __grid_constant__ PointwiseParams p) {                                                  \
-    NAME<T>(p);                                                                                                    \
+#define RK_DEFINE_POINTWISE(T, DTYPE, NAME)                       \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)       \
+      NAME##_##DTYPE(const __grid_constant__ PointwiseParams p) { \
+    NAME<T>(p);                                                   \
   }
 RK_POINTWISE_KERNELS(RK_DEFINE_POINTWISE, __half, f16)
 RK_POINTWISE_KERNELS(RK_DEFINE_POINTWISE, __nv_bfloat16, bf16)
@@ -270,8 +270,7 @@ __device__ __forceinline__ void add_dweight(const ReduceParams& p) {
     const float4 v = *reinterpret_cast<const float4*>(p.partial + part * p.size + i);
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
-  *reinterpret_cast<uint2*>(static_cast<T*>(p.out0) + i) =
-      make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
+  *reinterpret_cast<uint2*>(static_cast<T*>(p.out0) + i) = make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
 }
 extern "C" __global__ void __launch_bounds__(kThreads) add_dweight_f16(const __grid_constant__ ReduceParams p) {
   add_dweight<__half>(p);
