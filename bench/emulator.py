@@ -1,7 +1,7 @@
 """The CUDA backend on CPU tensors: its real plans, run on compiled PTX by ptxemu, a PTX emulator.
 
-ptxemu stands beside the repository in some checkouts and is no dependency; `why_not` says when it or
-the CUDA compiler is missing. What comes out is right or wrong, and counted; it is never a time.
+ptxemu stands beside the repository in some checkouts and is no dependency; `why_not` says when it
+or the CUDA compiler is missing. What comes out is right or wrong, and counted; it is never a time.
 """
 
 from __future__ import annotations

@@ -69,8 +69,9 @@ struct Conv {
     float single[Q == 1 ? 2 : 1][3][2];
     float full[Q > 1 ? 9 : 1][2][4];  // [tap][input chunk]
   };
-  struct Moments {
-    float n, mean[2][2], m2[2][2];  // [chunk][column]
+  struct Statistics {
+    float n;
+    Moments of[2][2];  // [chunk][column]
   };
 
   const ConvParams& p;
@@ -468,8 +469,8 @@ struct Conv {
     float scale[2][2], shift[2][2];  // [chunk][column]
   };
 
-  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue, Moments& moments,
-                                         uint32_t out, int walked, int step, int tile) const {
+  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
+                                         Statistics& statistics, uint32_t out, int walked, int step, int tile) const {
     // All 16 positions have a place; those outside the image are not copied out, and not counted.
     // Chunk c of a position's first pixel is at `first` ^ 16 c: the position's place in its unit is lane / 4.
     const uint32_t first = out + (16 * tile + lane / 4) * kOutStride * kPixelBytes + (lane / 4 << 4) + lane % 4 * 4;
@@ -490,8 +491,8 @@ struct Conv {
         const bool counts = inside && kStepRows * step + r < p.out_h;
         if constexpr (kForward) {
           if (p.stats && counts) {
-            moments.n += 1.f;
-            inverse = __fdividef(1.f, moments.n);
+            statistics.n += 1.f;
+            inverse = __fdividef(1.f, statistics.n);
           }
         }
 #pragma unroll
@@ -514,11 +515,7 @@ struct Conv {
                 v[0] = relu(v[0]), v[1] = relu(v[1]);
               } else if (p.stats && counts) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {  // Welford
-                  const float delta = v[e] - moments.mean[j][e];
-                  moments.mean[j][e] += delta * inverse;
-                  moments.m2[j][e] += delta * (v[e] - moments.mean[j][e]);
-                }
+                for (int e = 0; e < 2; ++e) statistics.of[j][e].add(v[e], statistics.n, inverse);
               }
             }
             store_shared_word(at, pack<T>(v[0], v[1]));
@@ -536,46 +533,51 @@ struct Conv {
   }
 
   // Over the lanes with the same columns, then over the two warps with the same channels.
-  __device__ __forceinline__ void store_moments(Moments moments) const {
+  __device__ __forceinline__ void store_statistics(Statistics statistics) const {
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
-      const float n = __shfl_xor_sync(~0u, moments.n, step);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float mean = __shfl_xor_sync(~0u, moments.mean[j][e], step);
-          const float m2 = __shfl_xor_sync(~0u, moments.m2[j][e], step);
-          merge_moments(moments.n, moments.mean[j][e], moments.m2[j][e], n, mean, m2);
-        }
-      }
-      moments.n += n;
-    }
-    const uint32_t exchange = ring + (pair * 4 + lane) * 9 * 4;
-    const bool has = active() && lane < 4;
-    if (has && half == 1) {
-      store_shared_word(exchange, __float_as_uint(moments.n));
+      const float n = __shfl_xor_sync(~0u, statistics.n, step);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        store_shared_word(exchange + 4 + i * 8, __float_as_uint(moments.mean[i / 2][i % 2]));
-        store_shared_word(exchange + 8 + i * 8, __float_as_uint(moments.m2[i / 2][i % 2]));
+        Moments& own = statistics.of[i / 2][i % 2];
+        Moments other;
+        other.origin = __shfl_xor_sync(~0u, own.origin, step);
+        other.mean = __shfl_xor_sync(~0u, own.mean, step);
+        other.m2 = __shfl_xor_sync(~0u, own.m2, step);
+        own.merge(statistics.n, n, other);
+      }
+      statistics.n += n;
+    }
+    const uint32_t exchange = ring + (pair * 4 + lane) * 13 * 4;
+    const bool has = active() && lane < 4;
+    if (has && half == 1) {
+      store_shared_word(exchange, __float_as_uint(statistics.n));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Moments& own = statistics.of[i / 2][i % 2];
+        store_shared_word(exchange + 4 + i * 12, __float_as_uint(own.origin));
+        store_shared_word(exchange + 8 + i * 12, __float_as_uint(own.mean));
+        store_shared_word(exchange + 12 + i * 12, __float_as_uint(own.m2));
       }
     }
     __syncthreads();
     if (!has || half == 1) return;
     const float n = __uint_as_float(load_shared_word(exchange));
-    float* to = p.stats + static_cast<int64_t>(blockIdx.y) * 3 * p.C;
+    float* to = p.stats + static_cast<int64_t>(blockIdx.y) * 4 * p.C;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (2 * pair + i / 2 >= chunks) break;
-      const float mean = __uint_as_float(load_shared_word(exchange + 4 + i * 8));
-      const float m2 = __uint_as_float(load_shared_word(exchange + 8 + i * 8));
-      float own_mean = moments.mean[i / 2][i % 2], own_m2 = moments.m2[i / 2][i % 2];
-      merge_moments(moments.n, own_mean, own_m2, n, mean, m2);
+      Moments other;
+      other.origin = __uint_as_float(load_shared_word(exchange + 4 + i * 12));
+      other.mean = __uint_as_float(load_shared_word(exchange + 8 + i * 12));
+      other.m2 = __uint_as_float(load_shared_word(exchange + 12 + i * 12));
+      Moments& own = statistics.of[i / 2][i % 2];
+      own.merge(statistics.n, n, other);
       const int channel = channel0 + (2 * pair + i / 2) * 8 + lane % 4 * 2 + i % 2;
-      to[channel] = moments.n + n;
-      to[p.C + channel] = own_mean;
-      to[2 * p.C + channel] = own_m2;
+      to[channel] = statistics.n + n;
+      to[p.C + channel] = own.origin;
+      to[2 * p.C + channel] = own.mean;
+      to[3 * p.C + channel] = own.m2;
     }
   }
 
@@ -656,7 +658,7 @@ struct Conv {
   __device__ __forceinline__ void run() {
     Weights weights[2];
     Gradient gradient{};
-    Moments moments{};
+    Statistics statistics{};
     Epilogue epilogue{};
     const bool convolves = kHasConv && p.out;
     make_places();
@@ -710,7 +712,7 @@ struct Conv {
               for (int tile = half; tile < p.tiles; tile += 2) {
                 float sum[kOutputs][2][4] = {};
                 convolve(sum, weights, rows, tile);
-                finish(sum, epilogue, moments, out, walked, step, tile);
+                finish(sum, epilogue, statistics, out, walked, step, tile);
               }
             }
           }
@@ -735,7 +737,7 @@ struct Conv {
     if constexpr (kForward) {
       if (p.stats) {
         __syncthreads();
-        store_moments(moments);
+        store_statistics(statistics);
       }
     }
     if constexpr (kHasDweight) {

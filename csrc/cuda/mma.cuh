@@ -145,14 +145,33 @@ __device__ __forceinline__ uint4 pack(const float (&v)[8]) {
   return make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
 }
 
-// Count, mean and sum of squared deviations of two sets together (Chan, Golub and LeVeque, 1979).
-__device__ __forceinline__ void merge_moments(float n, float& mean, float& m2, float other_n, float other_mean,
-                                              float other_m2) {
-  const float total = n + other_n;
-  const float share = total > 0.f ? other_n / total : 0.f;
-  const float delta = other_mean - mean;
-  mean += delta * share;
-  m2 += other_m2 + delta * delta * n * share;
-}
+// Moments of a channel: mean and sum of squared deviations. The mean is origin + mean: a thread's values are taken from
+// the first of them, so that a mean far larger than the deviation costs no digits, and the origin is moved to the mean
+// when sets are merged, so that a first value far off the others costs none either. The count is kept beside it: it is
+// the same for many channels.
+struct Moments {
+  float origin = 0.f, mean = 0.f, m2 = 0.f;
+
+  // The n-th value; inverse = 1 / n (Welford, 1962).
+  __device__ __forceinline__ void add(float value, float n, float inverse) {
+    if (n == 1.f) origin = value;
+    const float centred = value - origin, delta = centred - mean;
+    mean += delta * inverse;
+    m2 += delta * (centred - mean);
+  }
+  // n values here, other_n there (Chan, Golub and LeVeque, 1979).
+  __device__ __forceinline__ void merge(float n, float other_n, const Moments& other) {
+    if (n == 0.f) *this = other;
+    if (n > 0.f && other_n > 0.f) {
+      const float share = other_n / (n + other_n);
+      const float delta = (other.origin - origin) + (other.mean - mean);
+      mean += delta * share;
+      m2 += other.m2 + delta * delta * n * share;
+    }
+    const float sum = origin + mean, part = sum - origin;  // Knuth's exact sum
+    mean = (origin - (sum - part)) + (mean - part);
+    origin = sum;
+  }
+};
 
 }  // namespace resnext_kernels::cuda

@@ -44,7 +44,7 @@ struct ConvParams {
   void* out;
   const float* out_scale;  // forward: relu(out_scale * conv + out_shift [+ residual]); null: conv alone
   const float* out_shift;
-  float* stats;            // forward: (parts, 3, C) count, mean, squared deviations; null: none
+  float* stats;            // forward: (parts, 4, C) count and Moments; null: none
   float* dweight_partial;  // backward: (parts, K, D, 9); null: dweight is written directly
   void* dweight;           // null: not needed, unless dweight_partial
 
@@ -80,7 +80,7 @@ struct PointwiseParams {
   const float *a, *b, *c;              // dz = a * g [+ b * z + c]
   const float *mean, *rstd;
   void* out;
-  float* partial;  // sums: (parts, 2, C), statistics: (parts, 3, C)
+  float* partial;  // sums: (parts, 2, C), statistics: (parts, 4, C)
   int64_t M;
   int32_t C, parts;
 };

@@ -186,7 +186,7 @@ Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvPa
   Plan plan;
   plan.launches.push_back(conv_launch(problem.dtype, t, g, "forward"));
   if (mean) {
-    plan.workspace_floats = int64_t{3} * t.parts() * problem.C;
+    plan.workspace_floats = int64_t{4} * t.parts() * problem.C;
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
     const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
     plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1},
@@ -295,7 +295,7 @@ Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, c
   g.z = z;
   const PointwiseParams p = pointwise(M, C, g, device);
   Plan plan;
-  plan.workspace_floats = 3 * C * p.parts;
+  plan.workspace_floats = 4 * C * p.parts;
   plan.launches.push_back(
       launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, mean, var, C, p.parts};

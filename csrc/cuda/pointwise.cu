@@ -3,7 +3,7 @@
 //   normalize_relu   out = relu(scale * z + shift [+ residual | + res_scale * residual + res_shift])
 //   bn_relu_dz       out = a * g [+ b * z + c],  g = dy where the ReLU passed, else 0
 //   bn_relu_sums     partial = sum of g, sum of g * (z - mean) * rstd
-//   moments          partial = count, mean, squared deviations of z
+//   moments          partial = count and Moments of z
 //
 // A block takes 64 channels (128 bytes of a row, 16 a thread) and every gridDim.y-th run of 32 rows; a thread keeps
 // its eight channels and has four rows in flight. Reductions: a thread's rows, then the block's 32 threads of a
@@ -164,10 +164,11 @@ __device__ __forceinline__ void bn_relu_sums(const PointwiseParams& p) {
 
 template <class T>
 __device__ __forceinline__ void moments(const PointwiseParams& p) {
-  __shared__ alignas(16) float shared[kRows][2][8 * kSlots];
+  __shared__ alignas(16) float shared[kRows][3][8 * kSlots];
   __shared__ float counts[kRows];
   const int channel = first_channel(), row = threadIdx.x / kSlots, column = threadIdx.x % kSlots * 8;
-  float n = 0.f, mean[8] = {}, m2[8] = {};
+  float n = 0.f;
+  Moments own[8];
   uint4 z[kFlight];
   each_row<kFlight>(
       p, channel,
@@ -181,25 +182,27 @@ __device__ __forceinline__ void moments(const PointwiseParams& p) {
         unpack<T>(v, z[i]);
         const float inverse = __fdividef(1.f, n);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {  // Welford
-          const float delta = v[k] - mean[k];
-          mean[k] += delta * inverse;
-          m2[k] += delta * (v[k] - mean[k]);
-        }
+        for (int k = 0; k < 8; ++k) own[k].add(v[k], n, inverse);
       });
-  store_row(&shared[row][0][column], mean);
-  store_row(&shared[row][1][column], m2);
+  float values[3][8];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) values[0][k] = own[k].origin, values[1][k] = own[k].mean, values[2][k] = own[k].m2;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) store_row(&shared[row][i][column], values[i]);
   if (column == 0) counts[row] = n;
   __syncthreads();
   const int out = blockIdx.x * 64 + threadIdx.x;
   if (threadIdx.x >= 64 || out >= p.C) return;
-  float total = 0.f, all_mean = 0.f, all_m2 = 0.f;
+  float total = 0.f;
+  Moments all;
   for (int r = 0; r < kRows; ++r) {
-    merge_moments(total, all_mean, all_m2, counts[r], shared[r][0][threadIdx.x], shared[r][1][threadIdx.x]);
+    const auto& from = shared[r];
+    const Moments other{from[0][threadIdx.x], from[1][threadIdx.x], from[2][threadIdx.x]};
+    all.merge(total, counts[r], other);
     total += counts[r];
   }
-  float* to = p.partial + static_cast<int64_t>(blockIdx.y) * 3 * p.C + out;
-  to[0] = total, to[p.C] = all_mean, to[2 * p.C] = all_m2;
+  float* to = p.partial + static_cast<int64_t>(blockIdx.y) * 4 * p.C + out;
+  to[0] = total, to[p.C] = all.origin, to[2 * p.C] = all.mean, to[3 * p.C] = all.m2;
 }
 
 }  // namespace
@@ -234,29 +237,32 @@ extern "C" __global__ void __launch_bounds__(1024) add_sums(const __grid_constan
   static_cast<float*>(i < p.size ? p.out0 : p.out1)[i < p.size ? i : i - p.size] = sum;
 }
 
-// (parts, 3, C) count, mean, squared deviations -> out0 mean (C), out1 biased variance (C).
+// (parts, 4, C) count and Moments -> out0 mean (C), out1 biased variance (C).
 extern "C" __global__ void __launch_bounds__(1024) finish_moments(const __grid_constant__ ReduceParams p) {
-  __shared__ float shared[3][32][33];
+  __shared__ float shared[4][32][33];
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
   const int64_t i = blockIdx.x * 32ll + lane;
-  float n = 0.f, mean = 0.f, m2 = 0.f;
+  float n = 0.f;
+  Moments own;
   if (i < p.size) {
     for (int part = row; part < p.parts; part += 32) {
-      const float* from = p.partial + part * 3 * p.size + i;
-      merge_moments(n, mean, m2, from[0], from[p.size], from[2 * p.size]);
+      const float* from = p.partial + part * 4 * p.size + i;
+      const Moments other{from[p.size], from[2 * p.size], from[3 * p.size]};
+      own.merge(n, from[0], other);
       n += from[0];
     }
   }
-  shared[0][row][lane] = n, shared[1][row][lane] = mean, shared[2][row][lane] = m2;
+  shared[0][row][lane] = n, shared[1][row][lane] = own.origin;
+  shared[2][row][lane] = own.mean, shared[3][row][lane] = own.m2;
   __syncthreads();
   if (row || i >= p.size) return;
-  n = mean = m2 = 0.f;
-  for (int r = 0; r < 32; ++r) {
-    merge_moments(n, mean, m2, shared[0][r][lane], shared[1][r][lane], shared[2][r][lane]);
+  for (int r = 1; r < 32; ++r) {
+    const Moments other{shared[1][r][lane], shared[2][r][lane], shared[3][r][lane]};
+    own.merge(n, shared[0][r][lane], other);
     n += shared[0][r][lane];
   }
-  static_cast<float*>(p.out0)[i] = mean;
-  static_cast<float*>(p.out1)[i] = n > 0.f ? m2 / n : 0.f;
+  static_cast<float*>(p.out0)[i] = own.origin + own.mean;
+  static_cast<float*>(p.out1)[i] = n > 0.f ? own.m2 / n : 0.f;
 }
 
 // (parts, size) -> out0 (size) in T; size is a multiple of 8.
