@@ -7,6 +7,7 @@ functions and plans; each launch is the compiled PTX run by ptxemu, which checks
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import test_backend_functions as contract
 import torch
 from cases import CASES, FEW, Case, Target
 
-from bench import emulator
+from bench import emulator, modelled_cuda
 from resnext_kernels.backends import cuda
 from resnext_kernels.problem import ConvProblem
 
@@ -244,6 +245,11 @@ def test_errors_of_the_runtime_name_the_kernel() -> None:
     plan = _C.cuda_plan_batch_stats(2, 64, 64, device, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"CUDA kernel moments_f16: .+"):
         _C.cuda_run(plan, 0, 63, 0)
+
+
+def test_readme_shows_the_modelled_figures() -> None:
+    rows = json.loads(modelled_cuda.OUTPUT.read_text())["rows"]
+    assert modelled_cuda.table(rows) in (modelled_cuda.ROOT / "README.md").read_text()
 
 
 # Machine code --------------------------------------------------------------------------------
