@@ -31,7 +31,7 @@ _C = pytest.importorskip("resnext_kernels._C", reason="installed without the com
 F16, BF16 = torch.float16, torch.bfloat16
 # Strips of columns, blocks of channels that are not full, odd widths, more images than streams.
 WIDE = [
-    Case(5, 72, 9, 70, groups=18),
+    Case(3, 72, 5, 70, groups=18),
     Case(3, 72, 5, 70, groups=18, stride=2),
     Case(9, 96, 5, 7, groups=24),
     Case(5, 112, 4, 9, groups=8, stride=2),
