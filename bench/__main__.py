@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ suites:
   sweep   the whole picture of the device, or the product of the axes given (default)
   bars    the layers, families and networks that have a speed-up to reach on two CPU threads
   quick   every level, pass and series, in less than two minutes on two cores
-  gpu     the tests, then the sweep on the CUDA device; without one it says what it skips
+  gpu     the tests, compute-sanitizer where it is installed, then the sweep on the CUDA device;
+          without a device it says what it skips
 
 peers:
 {peers}
@@ -326,11 +328,23 @@ def gpu_tests(rows: list[Case]) -> int | None:
     if not torch.cuda.is_available():
         print("no CUDA device here. Skipped:")
         print("  the tests of the triton and cuda backends on a device")
+        print("  compute-sanitizer on the cuda backend's kernels")
         print(f"  {len(rows)} rows of the sweep (--suite gpu --list prints them)")
         print("Run the same command on a machine with a GPU.")
         return None
     print("tests:", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=ROOT, check=False).returncode
+    tests = [sys.executable, "-m", "pytest", "-q"]
+    status = subprocess.run(tests, cwd=ROOT, check=False).returncode
+    if shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not installed: skipped")
+        return status
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        print(f"compute-sanitizer, {tool}:", flush=True)
+        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        tests_of_cuda = ["tests/test_backend_functions.py", "-k", "f16-cuda"]
+        command = [*sanitizer, *tests, *tests_of_cuda]
+        status = max(status, subprocess.run(command, cwd=ROOT, check=False).returncode)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -351,8 +351,9 @@ def _speedup_cell(row: Row | None) -> str:
 
 
 def committed() -> list[tuple[str, Report]]:
-    """The reports in bench/results, by name."""
-    return [(path.name, load(path)) for path in sorted(RESULTS.glob("*.json"))]
+    """The reports of measurements in bench/results, by name; what is modelled is no report."""
+    paths = sorted(RESULTS.glob("*.json"))
+    return [(path.name, load(path)) for path in paths if not path.name.startswith("modelled-")]
 
 
 def rewrite_readme(text: str, block: str) -> str:

@@ -9,6 +9,11 @@
 #include "problem.h"
 
 namespace py = pybind11;
+
+namespace resnext_kernels::cuda {
+void bind(py::module_& m);  // cuda/bindings.cpp
+}
+
 using namespace resnext_kernels;
 using cpu::Affine;
 using cpu::ReluBNGradient;
@@ -95,7 +100,7 @@ PYBIND11_MODULE(_C, m) {
                  N, H, W, C, K, groups, stride, dilation, static_cast<DType>(dtype), weight_channels_last};
            }),
            py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"), py::arg("groups"), py::arg("stride"),
-           py::arg("dilation"), py::arg("dtype"), py::arg("weight_channels_last"));
+           py::arg("dilation"), py::arg("dtype"), py::arg("weight_channels_last") = false);
 
   m.def("cpu_isas", &cpu_isas, "Instruction sets this machine can run, best first.");
   m.def(
@@ -112,4 +117,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_relu_input_gradient", &bn_relu_input_gradient, nogil);
   m.def("multiply_adds", &multiply_adds, nogil, py::arg("rounds"), py::arg("num_threads"),
         "Multiply-adds on registers alone, on the best instruction set; returns the operations made.");
+
+  cuda::bind(m);
 }

@@ -16,7 +16,7 @@ class ConvProblem:
         stride: int,
         dilation: int,
         dtype: int,
-        weight_channels_last: bool,
+        weight_channels_last: bool = False,
     ) -> None: ...
 
 def cpu_isas() -> list[str]: ...
@@ -117,3 +117,121 @@ def conv_backward(
 ) -> None: ...
 def multiply_adds(rounds: int, num_threads: int) -> int:
     """Multiply-adds on registers, on the machine's best instruction set; the operations made."""
+
+# The CUDA kernels: a plan is made on any machine, cuda_device and cuda_run exist where they were
+# compiled (cuda_compiled).
+
+class CudaDevice:
+    multiprocessors: int
+    shared_bytes: int
+    def __init__(self, multiprocessors: int, shared_bytes: int) -> None: ...
+
+class CudaLaunch:
+    kernel: str
+    grid: list[int]
+    block: int
+    shared_bytes: int
+    params: bytes
+    workspace_at: int
+
+class CudaPlan:
+    launches: list[CudaLaunch]
+    workspace_floats: int
+
+def cuda_compiled() -> bool: ...
+def cuda_why_not(problem: ConvProblem) -> str: ...
+def cuda_device(index: int) -> CudaDevice: ...
+def cuda_run(plan: CudaPlan, workspace: int, device: int, stream: int, /) -> None: ...
+def cuda_plan_conv_affine_relu(
+    problem: ConvProblem,
+    device: CudaDevice,
+    x: int,
+    weight: int,
+    scale: int,
+    shift: int,
+    residual: int,
+    in_scale: int,
+    in_shift: int,
+    y: int,
+    /,
+) -> CudaPlan: ...
+def cuda_plan_conv_stats(
+    problem: ConvProblem,
+    device: CudaDevice,
+    x: int,
+    weight: int,
+    in_scale: int,
+    in_shift: int,
+    z: int,
+    mean: int,
+    var: int,
+    /,
+) -> CudaPlan: ...
+def cuda_plan_conv_backward(
+    problem: ConvProblem,
+    device: CudaDevice,
+    dy: int,
+    z: int,
+    scale: int,
+    shift: int,
+    y: int,
+    a: int,
+    b: int,
+    c: int,
+    x: int,
+    in_scale: int,
+    in_shift: int,
+    weight: int,
+    dx: int,
+    dweight: int,
+    /,
+) -> CudaPlan: ...
+def cuda_plan_batch_stats(
+    dtype: int, M: int, C: int, device: CudaDevice, z: int, mean: int, var: int, /
+) -> CudaPlan: ...
+def cuda_plan_normalize_relu(
+    dtype: int,
+    M: int,
+    C: int,
+    device: CudaDevice,
+    z: int,
+    scale: int,
+    shift: int,
+    residual: int,
+    res_scale: int,
+    res_shift: int,
+    y: int,
+    /,
+) -> CudaPlan: ...
+def cuda_plan_bn_relu_backward(
+    dtype: int,
+    M: int,
+    C: int,
+    device: CudaDevice,
+    dy: int,
+    z: int,
+    scale: int,
+    shift: int,
+    y: int,
+    mean: int,
+    rstd: int,
+    sum_g: int,
+    sum_g_xhat: int,
+    /,
+) -> CudaPlan: ...
+def cuda_plan_bn_relu_input_gradient(
+    dtype: int,
+    M: int,
+    C: int,
+    device: CudaDevice,
+    dy: int,
+    z: int,
+    scale: int,
+    shift: int,
+    y: int,
+    a: int,
+    b: int,
+    c: int,
+    dz: int,
+    /,
+) -> CudaPlan: ...

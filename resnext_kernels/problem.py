@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ConvProblem", "weight_format"]
+__all__ = ["ConvProblem", "in_format_of", "weight_format"]
 
 Phase = Literal["eval", "train", "backward"]
 
@@ -124,3 +124,8 @@ def weight_format(weight: Tensor) -> torch.memory_format | None:
         if weight.is_contiguous(memory_format=memory_format):
             return memory_format
     return None
+
+
+def in_format_of(weight: Tensor, t: Tensor) -> Tensor:
+    """`t`, of the weight's shape, in the weight's memory format."""
+    return t.contiguous(memory_format=weight_format(weight) or torch.contiguous_format)

@@ -52,14 +52,15 @@ def compatible(problem: ConvProblem) -> list[str]:
 def available() -> list[str]:
     """Names of the backends that serve an ordinary problem on a device of this machine.
 
-    That is ResNeXt's 32x4d layer in float32, in training, on the CPU or on CUDA.
+    That is ResNeXt's 32x4d layer in float32 or float16, in training, on the CPU or on CUDA.
     """
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     names = {
         name
         for device in devices
+        for dtype in (torch.float32, torch.float16)
         for name in compatible(
-            ConvProblem(1, 56, 56, 128, groups=32, device_type=device, training=True)
+            ConvProblem(1, 56, 56, 128, groups=32, dtype=dtype, device_type=device, training=True)
         )
     }
     return [name for name in NAMES if name in names]

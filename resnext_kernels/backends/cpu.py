@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, weight_format
+from ..problem import ConvProblem, in_format_of
 
 try:
     from .. import _C
@@ -131,7 +131,7 @@ def _dense_conv_backward(
     )
     return (
         dx.contiguous(memory_format=torch.channels_last) if need_dx else None,
-        dweight.contiguous(memory_format=weight_format(weight)) if need_dweight else None,
+        in_format_of(weight, dweight) if need_dweight else None,
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, weight_format
+from ..problem import ConvProblem, in_format_of
 
 NAME = "reference"
 
@@ -191,5 +191,5 @@ def conv_backward(
     )
     return (
         _nhwc(dx) if need_dx else None,
-        dweight.contiguous(memory_format=weight_format(weight)) if need_dweight else None,
+        in_format_of(weight, dweight) if need_dweight else None,
     )

@@ -49,7 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, weight_format
+from ..problem import ConvProblem, in_format_of
 from . import reference
 
 try:
@@ -1151,7 +1151,7 @@ def _dweight(
     )
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     _sum(partial, dweight, taps=9)
-    return dweight.contiguous(memory_format=weight_format(weight))
+    return in_format_of(weight, dweight)
 
 
 def conv_backward(

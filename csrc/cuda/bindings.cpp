@@ -1,0 +1,109 @@
+// Python bindings of the CUDA plans, which need no CUDA, and of their launcher, where it was compiled.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "plan.h"
+#ifdef RK_WITH_CUDA
+#include "launch.h"
+#endif
+
+namespace py = pybind11;
+
+namespace resnext_kernels::cuda {
+namespace {
+
+using Pointer = uintptr_t;  // tensor.data_ptr(), 0 = absent
+
+const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
+void* out(Pointer p) { return reinterpret_cast<void*>(p); }
+const float* vec(Pointer p) { return reinterpret_cast<const float*>(p); }
+float* out_vec(Pointer p) { return reinterpret_cast<float*>(p); }
+Affine affine(Pointer scale, Pointer shift) { return {vec(scale), vec(shift)}; }
+
+}  // namespace
+
+void bind(py::module_& m) {
+  py::class_<Device>(m, "CudaDevice", "What a plan depends on of a device.")
+      .def(py::init([](int multiprocessors, int shared_bytes) {
+             return Device{multiprocessors, shared_bytes};
+           }),
+           py::arg("multiprocessors"), py::arg("shared_bytes"))
+      .def_readonly("multiprocessors", &Device::multiprocessors)
+      .def_readonly("shared_bytes", &Device::shared_bytes);
+  py::class_<Launch>(m, "CudaLaunch")
+      .def_readonly("kernel", &Launch::kernel)
+      .def_readonly("grid", &Launch::grid)
+      .def_readonly("block", &Launch::block)
+      .def_readonly("shared_bytes", &Launch::shared_bytes)
+      .def_property_readonly("params", [](const Launch& l) { return py::bytes(l.params.data(), l.params.size()); })
+      .def_readonly("workspace_at", &Launch::workspace_at);
+  py::class_<Plan>(m, "CudaPlan")
+      .def_readonly("launches", &Plan::launches)
+      .def_readonly("workspace_floats", &Plan::workspace_floats);
+
+  m.def("cuda_why_not", &why_not, py::arg("problem"), "Why the CUDA kernels do not take a problem; '' if they do.");
+  m.def("cuda_plan_conv_affine_relu",
+        [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight, Pointer scale, Pointer shift,
+           Pointer residual, Pointer in_scale, Pointer in_shift, Pointer y) {
+          return plan_conv_affine_relu(problem, device, in(x), in(weight), affine(scale, shift), in(residual),
+                                       affine(in_scale, in_shift), out(y));
+        });
+  m.def("cuda_plan_conv_stats", [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight,
+                                   Pointer in_scale, Pointer in_shift, Pointer z, Pointer mean, Pointer var) {
+    return plan_conv_stats(problem, device, in(x), in(weight), affine(in_scale, in_shift), out(z), out_vec(mean),
+                           out_vec(var));
+  });
+  m.def("cuda_plan_conv_backward",
+        [](const ConvProblem& problem, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
+           Pointer y, Pointer a, Pointer b, Pointer c, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
+           Pointer dx, Pointer dweight) {
+          const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
+          return plan_conv_backward(problem, device, gradient, in(x), affine(in_scale, in_shift), in(weight), out(dx),
+                                    out(dweight));
+        });
+  m.def("cuda_plan_batch_stats",
+        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer mean, Pointer var) {
+          return plan_batch_stats(static_cast<DType>(dtype), M, C, device, in(z), out_vec(mean), out_vec(var));
+        });
+  m.def("cuda_plan_normalize_relu",
+        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer scale, Pointer shift,
+           Pointer residual, Pointer res_scale, Pointer res_shift, Pointer y) {
+          return plan_normalize_relu(static_cast<DType>(dtype), M, C, device, in(z), affine(scale, shift), in(residual),
+                                     affine(res_scale, res_shift), out(y));
+        });
+  m.def("cuda_plan_bn_relu_backward",
+        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
+           Pointer y, Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat) {
+          const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y)};
+          return plan_bn_relu_backward(static_cast<DType>(dtype), M, C, device, gradient, vec(mean), vec(rstd),
+                                       out_vec(sum_g), out_vec(sum_g_xhat));
+        });
+  m.def("cuda_plan_bn_relu_input_gradient",
+        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
+           Pointer y, Pointer a, Pointer b, Pointer c, Pointer dz) {
+          const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
+          return plan_bn_relu_input_gradient(static_cast<DType>(dtype), M, C, device, gradient, out(dz));
+        });
+
+  m.def(
+      "cuda_compiled",
+      [] {
+#ifdef RK_WITH_CUDA
+        return true;
+#else
+        return false;
+#endif
+      },
+      "Whether this library holds the CUDA kernels.");
+#ifdef RK_WITH_CUDA
+  m.def("cuda_device", &device, py::arg("index"));
+  m.def(
+      "cuda_run",
+      [](const Plan& plan, Pointer workspace, int device, Pointer stream) {
+        run(plan, out(workspace), device, out(stream));
+      },
+      py::call_guard<py::gil_scoped_release>(), "Enqueues a plan's kernels; RuntimeError names the kernel.");
+#endif
+}
+
+}  // namespace resnext_kernels::cuda

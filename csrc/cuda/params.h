@@ -1,0 +1,97 @@
+// What the CUDA kernels take: plain structs, filled by plan.cpp on the host and passed by value.
+#pragma once
+
+#include <cstdint>
+
+namespace resnext_kernels::cuda {
+
+// How the nine taps connect input pixels to output pixels.
+//   s1: stride 1, forward, and its gradient for the input (weights flipped)
+//   s2: stride 2, forward
+//   t2: stride 2, gradient for the input: one input pixel per 2x2 output pixels
+enum class Geometry : int { s1, s2, t2 };
+
+constexpr int kThreads = 256;
+constexpr int kSlots = 8;  // 16-byte chunks (8 channels) of one pixel in shared memory: 128 bytes
+constexpr int kUnit = 8;   // pixels of one ldmatrix matrix
+constexpr int kRing = 3;   // groups of input rows in shared memory: two in use, one in flight
+constexpr int kPixelBytes = 16 * kSlots;
+
+constexpr int rows_per_group(Geometry g) { return g == Geometry::t2 ? 1 : 2; }  // input rows loaded per step
+constexpr int rows_per_step(Geometry g) { return g == Geometry::s2 ? 1 : 2; }   // output rows made per step
+constexpr int in_stride(Geometry g) { return g == Geometry::s2 ? 2 : 1; }       // input columns per position
+constexpr int out_stride(Geometry g) { return g == Geometry::t2 ? 2 : 1; }      // output columns per position
+
+// One convolution pass. `in` is what the convolution reads, `out` what it writes, `side` is read where `out` is
+// written:
+//             in                                  side                          out
+//   forward   x or relu(in_scale * x + in_shift)  residual, or absent           y or z
+//   backward  dz, made of dy, z and vectors       x, for dweight (prologued     dx
+//                                                 by side_scale, side_shift)
+struct ConvParams {
+  const void* in;
+  const void* in_z;       // backward: z; null: dz = dy
+  const void* in_y;       // backward: the mask is !(y <= 0) instead of !(in_scale * z + in_shift <= 0)
+  const float* in_scale;  // null: no prologue
+  const float* in_shift;
+  const float* a;  // dz = a * g [+ b * z + c]
+  const float* b;
+  const float* c;
+  const void* weight;  // (K, D, 3, 3)
+  const void* side;
+  const float* side_scale;
+  const float* side_shift;
+  void* out;
+  const float* out_scale;  // forward: relu(out_scale * conv + out_shift [+ residual]); null: conv alone
+  const float* out_shift;
+  float* stats;            // forward: (parts, 4, C) count and Moments; null: none
+  float* dweight_partial;  // backward: (parts, K, D, 9); null: dweight is written directly
+  void* dweight;           // null: not needed, unless dweight_partial
+
+  int32_t N, C, D;
+  int32_t in_h, in_w, out_h, out_w;
+  int32_t block_chunks;             // chunks of a block's channels, the last block may have fewer
+  int32_t slots;                    // chunks of a pixel that are filled in shared memory (zeros behind the block's own)
+  int32_t band;                     // input chunks that a pair of output chunks reads: Q of the kernel
+  int32_t units;                    // units of 8 positions per strip and row
+  int32_t streams;                  // images side by side in one block
+  int32_t tiles;                    // pairs of units: the 16 rows of one mma
+  int32_t strips, segments, walks;  // parts = strips * segments * walks, blockIdx.y counts them in that order
+  int32_t walk;                     // groups of `streams` images that a block walks through
+  int32_t steps, segment_steps;     // per image, per segment
+  int32_t pitch;                    // input pixels per stream and row in shared memory
+  int64_t in_row, in_image, out_row, out_image;    // bytes from one to the next in global memory
+  int32_t in_pixels, out_pixels;                   // of one row in shared memory
+  int32_t group_bytes, side_bytes;                 // of a group of input rows, of the rows of a step
+  uint32_t pitch_magic, stream_magic, unit_magic;  // x / d == x * magic >> 20 for x < 2048
+  int32_t z_offset, y_offset, side_offset, out_offset, places_offset;  // in shared memory; the ring starts at 0
+};
+
+constexpr int kMagicShift = 20;
+
+// A pass over z as an (M, C) matrix; a block takes 64 channels and every `parts`-th run of 32 rows.
+struct PointwiseParams {
+  const void* dy;
+  const void* z;
+  const void* y;
+  const void* residual;
+  const float *scale, *shift;          // of z
+  const float *res_scale, *res_shift;  // of the residual
+  const float *a, *b, *c;              // dz = a * g [+ b * z + c]
+  const float *mean, *rstd;
+  void* out;
+  float* partial;  // sums: (parts, 2, C), statistics: (parts, 4, C)
+  int64_t M;
+  int32_t C, parts;
+};
+
+// Second stage of a reduction, in a fixed order.
+struct ReduceParams {
+  const float* partial;
+  void* out0;
+  void* out1;
+  int64_t size;  // elements of out0
+  int32_t parts;
+};
+
+}  // namespace resnext_kernels::cuda

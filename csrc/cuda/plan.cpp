@@ -1,0 +1,342 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+#include "params.h"
+
+namespace resnext_kernels::cuda {
+namespace {
+
+constexpr int kMaxD = 64;
+
+template <class T>
+T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+uint32_t magic(int64_t divisor) { return static_cast<uint32_t>(ceil_div<int64_t>(int64_t{1} << kMagicShift, divisor)); }
+
+std::string name_of(DType dtype) { return dtype == DType::f16 ? "f16" : "bf16"; }
+
+template <class Params>
+Launch launch(std::string kernel, std::array<unsigned, 3> grid, unsigned block, int shared_bytes, const Params& params,
+              int workspace_at = -1) {
+  Launch made{std::move(kernel), grid, block, shared_bytes, std::vector<char>(sizeof(Params)), workspace_at};
+  std::memcpy(made.params.data(), &params, sizeof(Params));
+  return made;
+}
+
+// ---- channels of a block ---------------------------------------------------------------------------------------
+
+// Input chunks (of 8 channels) that a pair of output chunks reads at most, in blocks of `chunks`.
+int band(int64_t D, int chunks) {
+  if (8 % D == 0) return 1;  // each output chunk reads its own input chunk only
+  int64_t most = 0;
+  for (int64_t first = 0; first < chunks; first += 2) {
+    const int64_t last = std::min<int64_t>(first + 2, chunks) * 8 - 1;
+    const int64_t begin = first * 8 / D * D / 8, end = ceil_div((last / D + 1) * D, int64_t{8});
+    most = std::max(most, end - begin);
+  }
+  return most <= 2 ? 2 : most <= 4 ? 4 : 8;
+}
+
+// Whole groups in whole chunks, at most 64 channels: as many as leave the band as narrow as fewest would.
+int block_chunks(int64_t D) {
+  const int fewest = static_cast<int>(std::lcm(D, int64_t{8}) / 8);
+  int chunks = fewest;
+  for (int more = fewest; more <= kSlots; more += fewest) {
+    if (band(D, more) == band(D, fewest)) chunks = more;
+  }
+  return chunks;
+}
+
+// ---- positions of a block --------------------------------------------------------------------------------------
+
+struct Tiling {
+  ConvParams params;
+  int shared_bytes;
+  unsigned channel_blocks, pair_blocks;
+  int parts() const { return params.strips * params.segments * params.walks; }
+};
+
+int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, bool writes_out) {
+  p.in_pixels = p.streams * p.pitch;
+  p.out_pixels = p.tiles * 2 * kUnit * out_stride(g);
+  p.group_bytes = rows_per_group(g) * p.in_pixels * kPixelBytes;
+  p.side_bytes = rows_per_step(g) * p.out_pixels * kPixelBytes;
+  const int group = p.group_bytes, side = p.side_bytes;
+  int offset = kRing * group;
+  p.z_offset = offset;
+  if (!forward && p.in_z) offset += group;
+  p.y_offset = offset;
+  if (!forward && p.in_y) offset += group;
+  p.side_offset = p.out_offset = offset;
+  if (p.side) offset += 2 * side;
+  if (!forward || !p.side) {  // a residual's place takes the output
+    p.out_offset = offset;
+    if (writes_out) offset += side;
+  }
+  const int rows = p.block_chunks * 8;
+  const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 8 ? 0 : 8)) * 2 + 32;
+  const int dweight_rows = dweight_only && p.band == 8 ? std::min(rows, 32) : rows;
+  const int dweight = p.dweight ? dweight_rows * (p.D * 9 + (p.D % 8 ? 0 : 4)) * 4 : 0;
+  p.places_offset = ceil_div(std::max({offset, weights, dweight}), 16) * 16;
+  return p.places_offset + (p.in_pixels + p.out_pixels) * 8;
+}
+
+// Divides the map into strips of columns, and images into walks, so that the blocks fill the device evenly.
+Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Device& device, int blocks_per_sm) {
+  Tiling t{};
+  const int positions = g == Geometry::t2 ? p.in_w : p.out_w;
+  const int out_rows = rows_per_step(g);
+  p.block_chunks = block_chunks(p.D);
+  p.band = band(p.D, p.block_chunks);
+  p.slots = std::min(kSlots, std::max((p.block_chunks + 1) / 2 * 2, p.band));
+  p.steps = ceil_div(p.out_h, out_rows);
+
+  const int units = ceil_div(positions, kUnit), most_units = g == Geometry::s1 ? 8 : 4;
+  const int soft_limit = std::min(device.shared_bytes, blocks_per_sm == 2 ? 80 * 1024 : 160 * 1024);
+  const auto lay_out = [&](int width, int streams) {  // whether it fits
+    p.units = width;
+    p.streams = streams;
+    p.tiles = ceil_div(streams * width, 2);
+    p.pitch = width * kUnit * in_stride(g) + (g == Geometry::t2 ? 1 : 2);
+    t.shared_bytes = shared_bytes(p, g, forward, dweight_only, p.out != nullptr);
+    return t.shared_bytes <= soft_limit;
+  };
+  int strips = ceil_div(units, most_units);
+  while (!lay_out(ceil_div(units, strips), 1) && strips < units) ++strips;
+  const int width = ceil_div(units, strips);
+  p.strips = ceil_div(units, width);
+  if (t.shared_bytes > device.shared_bytes) throw std::invalid_argument("the device has too little shared memory");
+
+  t.channel_blocks = static_cast<unsigned>(ceil_div(p.C / 8, p.block_chunks));
+  t.pair_blocks = dweight_only && p.band == 8 ? (p.block_chunks > 4 ? 2 : 1) : 1;
+
+  // Time in bytes a multiprocessor moves: full rounds of blocks, each of set-up (weights) and turns; and the partial
+  // dweight of every part, written and read again.
+  const double setup_bytes = 2.0 * p.block_chunks * 8 * p.D * 18;
+  const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
+  double best = -1;
+  int best_streams = 1;
+  for (int streams = std::min(std::max(1, most_units / width), p.N); streams > 0; --streams) {
+    if (!lay_out(width, streams) && streams > 1) continue;
+    const int image_groups = ceil_div(p.N, streams);
+    // a turn costs its tiles of 16 positions, and its input pixels, which threads fetch 32 at a time
+    const double positions_done = out_rows * p.tiles * 16 * (forward ? 1.0 : 2.5);
+    const double pixels_done = rows_per_group(g) * ceil_div(p.in_pixels, 32) * 32 * (forward ? 1.0 : 2.5);
+    const double turn_bytes = (positions_done + pixels_done) * p.block_chunks * 16;
+    for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
+      const int segment_steps = ceil_div(p.steps, segments);
+      if (ceil_div(p.steps, segment_steps) != segments) continue;
+      const int64_t per_walk = static_cast<int64_t>(t.channel_blocks) * t.pair_blocks * p.strips * segments;
+      for (int rounds = 1; rounds <= 8; ++rounds) {
+        const int64_t wanted = std::max<int64_t>(1, rounds * int64_t{device.multiprocessors} / per_walk);
+        const int walk = ceil_div<int64_t>(image_groups, std::min<int64_t>(wanted, image_groups));
+        const int walks = ceil_div(image_groups, walk);
+        const double full_rounds = ceil_div<int64_t>(per_walk * walks, device.multiprocessors);
+        const double parts = static_cast<double>(p.strips) * segments * walks;
+        const double time = full_rounds * (setup_bytes + walk * (segment_steps + 1) * turn_bytes) +
+                            (parts > 1 ? parts * partial_bytes / device.multiprocessors : 0);
+        if (best < 0 || time < 0.99 * best) {
+          best = time, best_streams = streams;
+          p.segments = segments, p.segment_steps = segment_steps, p.walk = walk, p.walks = walks;
+        }
+      }
+    }
+  }
+  lay_out(width, best_streams);
+  p.in_row = int64_t{2} * p.in_w * p.C, p.in_image = p.in_row * p.in_h;
+  p.out_row = int64_t{2} * p.out_w * p.C, p.out_image = p.out_row * p.out_h;
+  p.pitch_magic = magic(p.pitch);
+  p.stream_magic = magic(p.units * kUnit * out_stride(g));
+  p.unit_magic = magic(p.units);
+  t.params = p;
+  return t;
+}
+
+Launch conv_launch(DType dtype, const Tiling& t, Geometry g, const char* pass) {
+  const char* geometry = g == Geometry::s1 ? "s1" : g == Geometry::s2 ? "s2" : "t2";
+  std::string kernel = "conv_" + name_of(dtype) + "_" + geometry + "_q" + std::to_string(t.params.band) + "_" + pass;
+  return launch(std::move(kernel), {t.channel_blocks, static_cast<unsigned>(t.parts()), t.pair_blocks}, kThreads,
+                t.shared_bytes, t.params);
+}
+
+void require(const ConvProblem& problem) {
+  const std::string reason = why_not(problem);
+  if (!reason.empty()) throw std::invalid_argument(reason);
+}
+
+ConvParams forward_params(const ConvProblem& problem, const void* x, const void* weight, Affine prologue, void* out) {
+  ConvParams p{};
+  p.in = x, p.weight = weight, p.out = out;
+  p.in_scale = prologue.scale, p.in_shift = prologue.shift;
+  p.N = problem.N, p.C = problem.C, p.D = problem.din();
+  p.in_h = problem.H, p.in_w = problem.W, p.out_h = problem.out_h(), p.out_w = problem.out_w();
+  return p;
+}
+
+Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvParams& params, float* mean, float* var) {
+  const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::s2;
+  const int blocks_per_sm = band(params.D, block_chunks(params.D)) <= 2 ? 2 : 1;
+  const Tiling t = tile(params, g, true, false, device, blocks_per_sm);
+  Plan plan;
+  plan.launches.push_back(conv_launch(problem.dtype, t, g, "forward"));
+  if (mean) {
+    plan.workspace_floats = int64_t{4} * t.parts() * problem.C;
+    plan.launches[0].workspace_at = offsetof(ConvParams, stats);
+    const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
+    plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1},
+                                   1024, 0, reduce, offsetof(ReduceParams, partial)));
+  }
+  return plan;
+}
+
+}  // namespace
+
+std::string why_not(const ConvProblem& p) {
+  if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "dtype must be float16 or bfloat16";
+  if (p.N < 1) return "the batch is empty";
+  if (p.stride > 2) return "stride must be 1 or 2, not " + std::to_string(p.stride);
+  if (p.dilation != 1) return "dilation must be 1, not " + std::to_string(p.dilation);
+  if (p.C != p.K) {
+    return "input and output channels must be as many, not " + std::to_string(p.C) + " and " + std::to_string(p.K);
+  }
+  if (p.C % 8) return "channels must be a multiple of 8, not " + std::to_string(p.C);
+  if (p.din() > kMaxD) return "channels per group must be at most 64, not " + std::to_string(p.din());
+  if (std::lcm(p.din(), int64_t{8}) > 8 * kSlots) {
+    return "channels per group must have a common multiple with 8 of at most 64, not " + std::to_string(p.din());
+  }
+  const int64_t most = int64_t{1} << 30;
+  if (std::max({p.N, p.H, p.W, p.C}) > most) return "sizes must be at most 2**30";
+  return "";
+}
+
+Plan plan_conv_affine_relu(const ConvProblem& problem, const Device& device, const void* x, const void* weight,
+                           Affine affine, const void* residual, Affine prologue, void* y) {
+  require(problem);
+  ConvParams p = forward_params(problem, x, weight, prologue, y);
+  p.side = residual;
+  p.out_scale = affine.scale, p.out_shift = affine.shift;
+  return plan_forward(problem, device, p, nullptr, nullptr);
+}
+
+Plan plan_conv_stats(const ConvProblem& problem, const Device& device, const void* x, const void* weight,
+                     Affine prologue, void* z, float* mean, float* var) {
+  require(problem);
+  return plan_forward(problem, device, forward_params(problem, x, weight, prologue, z), mean, var);
+}
+
+Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const Gradient& gradient, const void* x,
+                        Affine prologue, const void* weight, void* dx, void* dweight) {
+  require(problem);
+  const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::t2;
+  ConvParams p{};
+  p.in = gradient.dy, p.in_z = gradient.z, p.in_y = gradient.y;
+  p.in_scale = gradient.affine.scale, p.in_shift = gradient.affine.shift;
+  p.a = gradient.a, p.b = gradient.b, p.c = gradient.c;
+  p.weight = weight;
+  p.N = problem.N, p.C = problem.C, p.D = problem.din();
+  p.in_h = problem.out_h(), p.in_w = problem.out_w(), p.out_h = problem.H, p.out_w = problem.W;
+
+  Plan plan;
+  const auto add = [&](const char* pass, bool wants_dx, bool wants_dweight) {
+    ConvParams q = p;
+    q.out = wants_dx ? dx : nullptr;
+    if (wants_dweight) q.side = x, q.side_scale = prologue.scale, q.side_shift = prologue.shift, q.dweight = dweight;
+    Tiling t = tile(q, g, false, std::strcmp(pass, "dweight") == 0, device, 1);
+    const bool reduces = wants_dweight && t.parts() > 1;
+    if (reduces) t.params.dweight = nullptr;
+    plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
+    if (!reduces) return;
+    const int64_t size = problem.K * problem.din() * 9;
+    plan.workspace_floats = size * t.parts();
+    plan.launches.back().workspace_at = offsetof(ConvParams, dweight_partial);
+    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts()};
+    plan.launches.push_back(launch("add_dweight_" + name_of(problem.dtype),
+                                   {static_cast<unsigned>(ceil_div<int64_t>(size, 4 * kThreads)), 1, 1}, kThreads, 0,
+                                   reduce, offsetof(ReduceParams, partial)));
+  };
+  if (band(p.D, block_chunks(p.D)) < 8) {
+    if (dx || dweight) add("backward", dx != nullptr, dweight != nullptr);
+  } else {  // too many weights and sums for one kernel's registers
+    if (dx) add("dx", true, false);
+    if (dweight) add("dweight", false, true);
+  }
+  return plan;
+}
+
+namespace {
+
+PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device& device) {
+  if (C % 8) throw std::invalid_argument("channels must be a multiple of 8, not " + std::to_string(C));
+  PointwiseParams p{};
+  p.dy = g.dy, p.z = g.z, p.y = g.y;
+  p.scale = g.affine.scale, p.shift = g.affine.shift;
+  p.a = g.a, p.b = g.b, p.c = g.c;
+  p.M = M, p.C = static_cast<int32_t>(C);
+  // four blocks of 256 threads for every multiprocessor, unless there are fewer rows
+  const int64_t columns = ceil_div<int64_t>(C, 64);
+  const int64_t most = ceil_div<int64_t>(M, kThreads / kSlots);
+  p.parts = static_cast<int32_t>(std::min(most, std::max<int64_t>(1, 4 * device.multiprocessors / columns)));
+  return p;
+}
+std::array<unsigned, 3> pointwise_grid(const PointwiseParams& p) {
+  return {static_cast<unsigned>(ceil_div(p.C, 64)), static_cast<unsigned>(p.parts), 1};
+}
+
+}  // namespace
+
+Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, const void* z, float* mean, float* var) {
+  Gradient g;
+  g.z = z;
+  const PointwiseParams p = pointwise(M, C, g, device);
+  Plan plan;
+  plan.workspace_floats = 4 * C * p.parts;
+  plan.launches.push_back(
+      launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
+  const ReduceParams reduce{nullptr, mean, var, C, p.parts};
+  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1}, 1024, 0,
+                                 reduce, offsetof(ReduceParams, partial)));
+  return plan;
+}
+
+Plan plan_normalize_relu(DType dtype, int64_t M, int64_t C, const Device& device, const void* z, Affine affine,
+                         const void* residual, Affine residual_affine, void* y) {
+  Gradient g;
+  g.z = z, g.affine = affine;
+  PointwiseParams p = pointwise(M, C, g, device);
+  p.residual = residual, p.res_scale = residual_affine.scale, p.res_shift = residual_affine.shift;
+  p.out = y;
+  Plan plan;
+  plan.launches.push_back(launch("normalize_relu_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p));
+  return plan;
+}
+
+Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
+                           const float* mean, const float* rstd, float* sum_g, float* sum_g_xhat) {
+  PointwiseParams p = pointwise(M, C, gradient, device);
+  p.mean = mean, p.rstd = rstd;
+  Plan plan;
+  plan.workspace_floats = 2 * C * p.parts;
+  plan.launches.push_back(
+      launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
+  const ReduceParams reduce{nullptr, sum_g, sum_g_xhat, C, p.parts};
+  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1}, 1024, 0,
+                                 reduce, offsetof(ReduceParams, partial)));
+  return plan;
+}
+
+Plan plan_bn_relu_input_gradient(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
+                                 void* dz) {
+  PointwiseParams p = pointwise(M, C, gradient, device);
+  p.out = dz;
+  Plan plan;
+  plan.launches.push_back(launch("bn_relu_dz_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p));
+  return plan;
+}
+
+}  // namespace resnext_kernels::cuda

@@ -1,0 +1,69 @@
+// Launches as plain data: from a problem to kernel names, grids and parameter structs. No CUDA, no device.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../problem.h"
+
+namespace resnext_kernels::cuda {
+
+// What a plan depends on of a device.
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // that a block can have at most
+};
+
+struct Launch {
+  std::string kernel;
+  std::array<unsigned, 3> grid;
+  unsigned block;
+  int shared_bytes;
+  std::vector<char> params;  // the kernel's one argument
+  int workspace_at = -1;     // where in params the workspace's address belongs
+};
+
+struct Plan {
+  std::vector<Launch> launches;  // to run in this order on one stream
+  int64_t workspace_floats = 0;
+};
+
+struct Affine {
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+};
+
+// g = dy where the ReLU passed, else 0; dz = a * g [+ b * z + c]. With z null, dz = dy.
+struct Gradient {
+  const void* dy = nullptr;
+  const void* z = nullptr;
+  Affine affine;
+  const void* y = nullptr;
+  const float* a = nullptr;
+  const float* b = nullptr;
+  const float* c = nullptr;
+};
+
+// Why the convolution kernels do not take a problem; empty where they do.
+std::string why_not(const ConvProblem& problem);
+
+Plan plan_conv_affine_relu(const ConvProblem&, const Device&, const void* x, const void* weight, Affine affine,
+                           const void* residual, Affine prologue, void* y);
+// mean null: no statistics
+Plan plan_conv_stats(const ConvProblem&, const Device&, const void* x, const void* weight, Affine prologue, void* z,
+                     float* mean, float* var);
+// dx null, dweight null: not needed
+Plan plan_conv_backward(const ConvProblem&, const Device&, const Gradient& gradient, const void* x, Affine prologue,
+                        const void* weight, void* dx, void* dweight);
+
+// z as an (M, C) matrix, C a multiple of 8
+Plan plan_batch_stats(DType, int64_t M, int64_t C, const Device&, const void* z, float* mean, float* var);
+Plan plan_normalize_relu(DType, int64_t M, int64_t C, const Device&, const void* z, Affine affine, const void* residual,
+                         Affine residual_affine, void* y);
+Plan plan_bn_relu_backward(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, const float* mean,
+                           const float* rstd, float* sum_g, float* sum_g_xhat);
+Plan plan_bn_relu_input_gradient(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, void* dz);
+
+}  // namespace resnext_kernels::cuda

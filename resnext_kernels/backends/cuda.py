@@ -1,0 +1,332 @@
+"""The compiled CUDA kernels (csrc/cuda), behind the contract of `reference`.
+
+Each function asks the library for a plan, which is plain data (kernels, grids, parameters), and
+hands it to the CUDA runtime on torch's current stream. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..problem import ConvProblem, in_format_of
+
+try:
+    from .. import _C
+except ImportError as error:
+    _MISSING: str | None = f"the compiled library resnext_kernels._C is missing ({error})"
+else:
+    _MISSING = None if _C.cuda_compiled() else "the compiled library was built without CUDA"
+
+NAME = "cuda"
+
+Affine = tuple[Tensor, Tensor]
+# z, scale, shift, a, b, c: see bn_relu_input_gradient
+BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+_DTYPE_CODES = {torch.bfloat16: 1, torch.float16: 2}
+
+
+def why_not(problem: ConvProblem) -> str | None:
+    """None where the compiled CUDA kernels serve `problem`, else the reason."""
+    if _MISSING is not None:
+        return _MISSING
+    if problem.device_type != "cuda":
+        return f"tensors must be on a CUDA device, not on {problem.device_type!r}"
+    return _why_no_device() or _why_not_served(problem)
+
+
+def _why_no_device() -> str | None:
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch, the kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the device's compute capability must be at least 8.0, not {major}.{minor}"
+    return None
+
+
+def _why_not_served(problem: ConvProblem) -> str | None:
+    """What the kernels do not take, whatever the device."""
+    if problem.dtype not in _DTYPE_CODES:
+        return f"dtype must be float16 or bfloat16, not {problem.dtype}"
+    shape = (problem.n, problem.c, problem.h, problem.w)
+    return (
+        _C.cuda_why_not(
+            _problem(
+                shape,
+                problem.out_channels,
+                problem.groups,
+                problem.stride,
+                problem.dilation,
+                problem.dtype,
+            )
+        )
+        or None
+    )
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    shape: tuple[int, int, int, int],
+    k: int,
+    groups: int,
+    stride: int,
+    dilation: int,
+    dtype: torch.dtype,
+) -> _C.ConvProblem:
+    n, c, h, w = shape
+    return _C.ConvProblem(n, h, w, c, k, groups, stride, dilation, _DTYPE_CODES[dtype])
+
+
+@lru_cache(maxsize=64)
+def _device(device: torch.device) -> _C.CudaDevice:
+    return _C.cuda_device(device.index)
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _ptrs(affine: Affine | None) -> tuple[int, int]:
+    return (0, 0) if affine is None else (_ptr(affine[0]), _ptr(affine[1]))
+
+
+def _run(plan: _C.CudaPlan, on: Tensor) -> None:
+    """Enqueue the plan on the current stream of the device that `on` is on."""
+    workspace = _vector(on, plan.workspace_floats) if plan.workspace_floats else None
+    stream = torch.cuda.current_stream(on.device).cuda_stream
+    _C.cuda_run(plan, _ptr(workspace), on.device.index, stream)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Kernels move 16 bytes at a time; a view may begin anywhere."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _maybe_aligned(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _aligned(t)
+
+
+def _aligned_pair(affine: Affine | None) -> Affine | None:
+    return None if affine is None else (_aligned(affine[0]), _aligned(affine[1]))
+
+
+def _vector(like: Tensor, length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.float32, device=like.device)
+
+
+def _out(x: Tensor, k: int, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _matrix(z: Tensor) -> tuple[int, int, int, _C.CudaDevice]:
+    """dtype, M, C and the device: what every plan for z as an (M, C) matrix begins with."""
+    n, c, h, w = z.shape
+    return _DTYPE_CODES[z.dtype], n * h * w, c, _device(z.device)
+
+
+# The contract --------------------------------------------------------------------------------
+
+
+def conv_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """y = relu(scale * conv(x) + shift [+ residual])."""
+    k = weight.shape[0]
+    x, weight, residual = _aligned(x), _aligned(weight.contiguous()), _maybe_aligned(residual)
+    prologue = _aligned_pair(prologue)
+    y = _out(x, k, stride)
+    plan = _C.cuda_plan_conv_affine_relu(
+        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype),
+        _device(x.device),
+        _ptr(x),
+        _ptr(weight),
+        _ptr(scale),
+        _ptr(shift),
+        _ptr(residual),
+        *_ptrs(prologue),
+        _ptr(y),
+    )
+    _run(plan, x)
+    return y
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv(x), and the mean and biased variance of its channels if `stats`."""
+    k = weight.shape[0]
+    x, weight, prologue = _aligned(x), _aligned(weight.contiguous()), _aligned_pair(prologue)
+    z = _out(x, k, stride)
+    mean, var = _vector(z, k * stats), _vector(z, k * stats)
+    plan = _C.cuda_plan_conv_stats(
+        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype),
+        _device(x.device),
+        _ptr(x),
+        _ptr(weight),
+        *_ptrs(prologue),
+        _ptr(z),
+        _ptr(mean) if stats else 0,
+        _ptr(var) if stats else 0,
+    )
+    _run(plan, x)
+    return z, mean, var
+
+
+def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over N, H and W."""
+    z = _aligned(z)
+    mean, var = _vector(z, z.shape[1]), _vector(z, z.shape[1])
+    _run(_C.cuda_plan_batch_stats(*_matrix(z), _ptr(z), _ptr(mean), _ptr(var)), z)
+    return mean, var
+
+
+def normalize_relu(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+) -> Tensor:
+    """y = relu(scale * z + shift [+ residual | + rs * residual + rh]), residual_affine=(rs, rh)."""
+    z, residual = _aligned(z), _maybe_aligned(residual)
+    scale, shift, residual_affine = _aligned(scale), _aligned(shift), _aligned_pair(residual_affine)
+    y = torch.empty_like(z, memory_format=torch.channels_last)
+    plan = _C.cuda_plan_normalize_relu(
+        *_matrix(z),
+        _ptr(z),
+        _ptr(scale),
+        _ptr(shift),
+        _ptr(residual),
+        *_ptrs(residual_affine),
+        _ptr(y),
+    )
+    _run(plan, z)
+    return y
+
+
+def bn_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    dy, z, y = _aligned(dy), _aligned(z), _maybe_aligned(y)
+    scale, shift, mean, rstd = map(_aligned, (scale, shift, mean, rstd))
+    sum_g, sum_g_xhat = _vector(z, z.shape[1]), _vector(z, z.shape[1])
+    plan = _C.cuda_plan_bn_relu_backward(
+        *_matrix(z),
+        _ptr(dy),
+        _ptr(z),
+        _ptr(scale),
+        _ptr(shift),
+        _ptr(y),
+        _ptr(mean),
+        _ptr(rstd),
+        _ptr(sum_g),
+        _ptr(sum_g_xhat),
+    )
+    _run(plan, z)
+    return sum_g, sum_g_xhat
+
+
+def bn_relu_input_gradient(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    *,
+    y: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """dz = a*g [+ b*z + c]; with inplace, in dy's memory."""
+    dy, z, y = _aligned(dy), _aligned(z), _maybe_aligned(y)
+    scale, shift, a = map(_aligned, (scale, shift, a))
+    b, c = _maybe_aligned(b), _maybe_aligned(c)
+    dz = dy if inplace else torch.empty_like(z, memory_format=torch.channels_last)
+    plan = _C.cuda_plan_bn_relu_input_gradient(
+        *_matrix(z),
+        _ptr(dy),
+        _ptr(z),
+        _ptr(scale),
+        _ptr(shift),
+        _ptr(y),
+        _ptr(a),
+        _ptr(b),
+        _ptr(c),
+        _ptr(dz),
+    )
+    _run(plan, z)
+    return dz
+
+
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bn: BNGradient | None = None,
+    y: Tensor | None = None,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the convolution's input and weight, None where not needed."""
+    dy, x, y, packed = _aligned(dy), _aligned(x), _maybe_aligned(y), _aligned(weight.contiguous())
+    z, scale, shift, a, b, c = map(_maybe_aligned, bn or (None,) * 6)
+    prologue = _aligned_pair(prologue)
+    dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
+    dweight = torch.empty_like(packed) if need_dweight else None
+    plan = _C.cuda_plan_conv_backward(
+        _problem(tuple(x.shape), weight.shape[0], groups, stride, dilation, x.dtype),
+        _device(x.device),
+        _ptr(dy),
+        _ptr(z),
+        _ptr(scale),
+        _ptr(shift),
+        _ptr(y),
+        _ptr(a),
+        _ptr(b),
+        _ptr(c),
+        _ptr(x),
+        *_ptrs(prologue),
+        _ptr(packed),
+        _ptr(dx),
+        _ptr(dweight),
+    )
+    _run(plan, x)
+    return dx, None if dweight is None else in_format_of(weight, dweight)
