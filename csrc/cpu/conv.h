@@ -6,12 +6,13 @@
 //
 // (Xie et al., 2017, section 3; Ioffe & Szegedy, 2015.) Memory is NHWC, accumulation float32.
 //
-// Work is cut into chunks (whole groups, about kChunkChannels channels) x units (an image's band of pixels). A thread
-// copies a unit's input into its own scratch memory first, which is where everything that belongs to loading happens
-// once per element: conversion to float32, the prologue, dBN and dReLU, and the zeros around the image. The scratch is
-// sized for the second-level cache. Packed weights, per block of one vector of output channels:
+// A thread copies a unit's input (plan.h) into its own scratch memory first, which is where everything that belongs to
+// loading happens once per element: conversion to float32, the prologue, dBN and dReLU, and the zeros around the image.
+// The scratch is sized for the second-level cache. Packed weights, per block of one vector of output channels:
 //
 //     [block][ci][ky][kx][lane]
+//
+// winograd.h has its own form of both, for the convolutions that it serves.
 #pragma once
 
 #include <type_traits>
@@ -728,8 +729,8 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
     const int64_t x_channel = group * p.din(), z_channel = group * p.dout();
     const auto ahead_of = [&](const Window& z_window, const Window& x_window) {
       Ahead ahead;
-      for (const void* tensor : {gradient.dy, gradient.z})
-        ahead.add((const T*)tensor, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
+      ahead.add((const T*)gradient.dy, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
+      ahead.add((const T*)gradient.z, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
       ahead.add(dweight ? (const T*)x : nullptr, p.N, p.H, p.W, p.C, x_window, x_channel, groups * p.din());
       return ahead;
     };

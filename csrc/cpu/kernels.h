@@ -31,6 +31,7 @@ struct ReluBNGradient {
   const float* c = nullptr;
 };
 
+// A result must not overlap an input, except where it is said.
 struct Kernels {
   const char* isa;
   bool (*supported)();
@@ -39,7 +40,7 @@ struct Kernels {
   void (*conv_affine_relu)(const ConvProblem&, const void* x, const void* weight, Affine affine, const void* residual,
                            Affine prologue, void* y, int num_threads);
 
-  // z = conv(a); biased mean and variance of z per channel unless mean is null
+  // z = conv(a); mean and biased variance of z per channel unless mean is null
   void (*conv_stats)(const ConvProblem&, const void* x, const void* weight, Affine prologue, void* z, float* mean,
                      float* var, int num_threads);
 
@@ -50,7 +51,7 @@ struct Kernels {
   // The rest works on z as an (M, C) matrix.
   void (*batch_stats)(DType, int64_t M, int64_t C, const void* z, float* mean, float* var, int num_threads);
 
-  // y = relu(scale * z + shift [+ residual_affine(residual)])
+  // y = relu(scale * z + shift [+ residual_affine(residual)]); y may be z
   void (*normalize_relu)(DType, int64_t M, int64_t C, const void* z, Affine affine, const void* residual,
                          Affine residual_affine, void* y, int num_threads);
 

@@ -14,7 +14,7 @@ namespace resnext_kernels::cpu::RK_ISA {
 
 // ---- configuration
 constexpr int64_t kChunkChannels = 128;        // wide pieces of a pixel touch few memory pages at a time
-constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this
+constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this, or one group
 constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
 constexpr int64_t kBandColumns = 64;
 

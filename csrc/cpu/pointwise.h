@@ -186,7 +186,7 @@ void normalize_relu(int64_t M, int64_t C, const void* z_, Affine affine, const v
   const T* z = (const T*)z_;
   const T* residual = (const T*)residual_;
   T* y = (T*)y_;
-  const bool past_cache = streams(y, M, C);
+  const bool past_cache = y_ != z_ && y_ != residual_ && streams(y, M, C);
   for_bands(RowBands(M, num_threads), num_threads, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for_channels(C, [&](int64_t c, auto lanes) {

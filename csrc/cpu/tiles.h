@@ -206,7 +206,7 @@ inline const Tiles& tiles_for(Access access, bool transposed, int64_t stride, in
   switch (access) {
     case Access::broadcast: return tiles_for<Access::broadcast>(transposed, stride, dilation);
     case Access::quads: return tiles_for<Access::quads>(transposed, stride, dilation);
-    default: return tiles_for<Access::lanes>(transposed, stride, dilation);
+    default: return tiles_for<Access::lanes>(transposed, stride, dilation);  // octets too
   }
 }
 

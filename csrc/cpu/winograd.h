@@ -13,9 +13,9 @@
 //     M0 = V0 e0      M1 = V1 (e0 + e1)           dg0 = M0 + (M1 + M2) / 2
 //     M2 = V2 (e0 - e1)   M3 = -V3 e1             dg1 = (M1 - M2) / 2      dg2 = (M1 + M2) / 2 + M3
 //
-// (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016; Winograd, 1980.) The coefficients are
-// 1 and 1/2, so the rounding error stays that of the sum, but Inf - Inf is NaN where the sum has Inf: V1 meets every
-// value once, so it tells whether all are finite, and the callers compute again without this algorithm when not.
+// (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016; Winograd, 1980.) With coefficients of
+// 1 and 1/2 rounding errors are those of sums over what both columns of a pair read. But Inf - Inf is NaN where the
+// direct sum has Inf: where V or U is not finite, the callers compute again without this algorithm.
 //
 // Inputs are staged as V, once per element, for a few rows at a time:
 //
@@ -39,7 +39,7 @@ constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
 constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
 
-// On narrower maps pairs save nothing: half of their products are with padding.
+// On narrower maps pairs save nothing: too many of their products are with padding.
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
 
 // The vectors of a tensor with `d` channels per group, `other` on the convolution's other side.
@@ -94,7 +94,7 @@ RK_INLINE void for_steps(const Window& window, const Window& next, int64_t step,
   for (int64_t row = window.row; row < last; row += step) {
     const Window rows = rows_of(window, row, min(row + step, last));
     const int64_t staged = stage.row + stage.rows;
-    const Window then = row + step < last ? rows_of(window, staged, min(H, staged + step))
+    const Window then = row + step < last ? rows_of(window, staged, min(min(H, last + 1), staged + step))
                                           : rows_of(next, max(0, next.row - 1), min(H, next.row + step + 1));
     f(rows, stage, then);
     stage = then;
@@ -128,17 +128,17 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
         Vec d0 = read(-1), d1 = read(0);
         for (int64_t q = 0; q < 2 * to.pairs; q += 2, v += kPairFloats) {
           const Vec d2 = read(q + 1), d3 = read(q + 2);
-          const Vec sum = d1 + d2;
-          store(v, d0 - d2);
-          store(v + kLanes, sum);
-          store(v + 2 * kLanes, d2 - d1);
-          store(v + 3 * kLanes, d1 - d3);
+          const Vec values[4] = {d0 - d2, d1 + d2, d2 - d1, d1 - d3};
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            store(v + i * kLanes, values[i]);
+            bad += values[i] - values[i];
+          }
           if (d) {
             store(d, d1);
             store(d + kLanes, d2);
             d += 2 * kLanes;
           }
-          bad += sum - sum;
           d0 = d2;
           d1 = d3;
         }

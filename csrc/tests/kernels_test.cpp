@@ -341,7 +341,7 @@ void for_each_product(const ConvProblem& p, F f) {
 // weight, index of the result) for each, twice; `transposed`: the result is x, else z.
 template <class F>
 void for_each_rounding(const ConvProblem& p, bool transposed, F f) {
-  if (p.stride != 1 || p.dilation != 1) return;
+  if (p.stride != 1 || p.dilation != 1 || p.W < 4) return;
   const int64_t din = p.din(), dout = p.dout();
   for (int64_t n = 0; n < p.N; ++n)
     for (int64_t row = 0; row < p.H; ++row)
@@ -487,8 +487,9 @@ Affine affine(Tensor* scale, Tensor* shift) {
 
 std::string describe(const ConvProblem& p) {
   char text[160];
-  std::snprintf(text, sizeof text, "n%d-h%d-w%d-c%d-k%d-g%d-s%d-d%d-%s", (int)p.N, (int)p.H, (int)p.W, (int)p.C,
-                (int)p.K, (int)p.groups, (int)p.stride, (int)p.dilation, format(p.dtype).name);
+  std::snprintf(text, sizeof text, "n%d-h%d-w%d-c%d-k%d-g%d-s%d-d%d-%s%s", (int)p.N, (int)p.H, (int)p.W, (int)p.C,
+                (int)p.K, (int)p.groups, (int)p.stride, (int)p.dilation, format(p.dtype).name,
+                p.weight_channels_last ? "-ohwi" : "");
   return text;
 }
 
@@ -777,6 +778,10 @@ vector<ConvProblem> problems() {
     list.push_back({1, 3, 3, 16, 16, 4, 1, 4, dtype});
     list.push_back({2, 5, 6, 10, 6, 2, 5, 3, dtype});
     list.push_back({0, 5, 6, 8, 8, 2, 1, 1, dtype});
+    list.push_back({1, 5, 67, 32, 32, 8, 1, 1, dtype});  // wider than a unit
+    list.push_back({1, 3, 131, 16, 16, 2, 1, 1, dtype});
+    list.push_back({1, 5, 133, 16, 16, 4, 2, 1, dtype});
+    list.push_back({1, 4, 71, 16, 16, 4, 1, 2, dtype});
   }
   for (size_t i = 0; i < list.size(); ++i) list[i].weight_channels_last = i % 5 < 2;
   return list;

@@ -87,11 +87,15 @@ _FORWARD_LIMIT = 256 * 256
 _BACKWARD_LIMIT = 128 * 128
 
 
-def _is_dense(weight: Tensor, groups: int, stride: int, dilation: int, limit: int) -> bool:
+def _is_dense(
+    x: Tensor, weight: Tensor, groups: int, stride: int, dilation: int, limit: int
+) -> bool:
     """Whether this is a convolution for oneDNN."""
     if groups != 1:
         return False
-    fewer_multiplications = stride == 1 and dilation == 1 and _C.cpu_isa() == "avx512"
+    fewer_multiplications = (
+        stride == 1 and dilation == 1 and x.shape[3] >= 4 and _C.cpu_isa() == "avx512"
+    )
     return not fewer_multiplications or weight.numel() > 9 * limit
 
 
@@ -152,7 +156,7 @@ def conv_affine_relu(
 ) -> Tensor:
     """y = relu(scale * conv(x) + shift [+ residual])."""
     k = weight.shape[0]
-    if _is_dense(weight, groups, stride, dilation, _FORWARD_LIMIT):
+    if _is_dense(x, weight, groups, stride, dilation, _FORWARD_LIMIT):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         _normalize_relu(z, scale, shift, residual, None, z)
         return z
@@ -183,7 +187,7 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(x), and the mean and biased variance of its channels if `stats`."""
     k = weight.shape[0]
-    if _is_dense(weight, groups, stride, dilation, _FORWARD_LIMIT):
+    if _is_dense(x, weight, groups, stride, dilation, _FORWARD_LIMIT):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         return (z, *batch_stats(z)) if stats else (z, _vector(z, 0), _vector(z, 0))
     z = _out(x, k, stride)
@@ -333,7 +337,7 @@ def conv_backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
-    if _is_dense(weight, groups, stride, dilation, _BACKWARD_LIMIT):
+    if _is_dense(x, weight, groups, stride, dilation, _BACKWARD_LIMIT):
         dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
         return _dense_conv_backward(
             dz, x, weight, prologue, stride, dilation, need_dx, need_dweight

@@ -86,6 +86,8 @@ def why_not(problem: ConvProblem) -> str | None:
         return f"dtype must be float32, bfloat16 or float16, not {problem.dtype}"
     if _INTERPRETED and problem.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bits of bfloat16 as integers"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
