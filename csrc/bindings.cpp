@@ -60,6 +60,18 @@ void conv_backward(const ConvProblem& problem, Pointer dy, Pointer z, Pointer sc
                                num_threads);
 }
 
+void conv1x1(int64_t M, int64_t C, int64_t K, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
+             Pointer scale, Pointer shift, Pointer residual, Pointer y, int num_threads) {
+  cpu::kernels().conv1x1(M, C, K, vec(x), affine(in_scale, in_shift), vec(weight), affine(scale, shift), vec(residual),
+                         out_vec(y), num_threads);
+}
+
+void conv1x1_backward(int64_t M, int64_t C, int64_t K, Pointer dz, Pointer x, Pointer in_scale, Pointer in_shift,
+                      Pointer weight, Pointer da, Pointer dweight, int num_threads) {
+  cpu::kernels().conv1x1_backward(M, C, K, vec(dz), vec(x), affine(in_scale, in_shift), vec(weight), out_vec(da),
+                                  out_vec(dweight), num_threads);
+}
+
 void batch_stats(int dtype, int64_t M, int64_t C, Pointer z, Pointer mean, Pointer var, int num_threads) {
   cpu::kernels().batch_stats(static_cast<DType>(dtype), M, C, in(z), out_vec(mean), out_vec(var), num_threads);
 }
@@ -111,6 +123,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_affine_relu", &conv_affine_relu, nogil);
   m.def("conv_stats", &conv_stats, nogil);
   m.def("conv_backward", &conv_backward, nogil);
+  m.def("conv1x1", &conv1x1, nogil);
+  m.def("conv1x1_backward", &conv1x1_backward, nogil);
   m.def("batch_stats", &batch_stats, nogil);
   m.def("normalize_relu", &normalize_relu, nogil);
   m.def("bn_relu_backward", &bn_relu_backward, nogil);

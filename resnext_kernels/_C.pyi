@@ -47,6 +47,35 @@ def conv_stats(
     num_threads: int,
     /,
 ) -> None: ...
+def conv1x1(
+    M: int,
+    C: int,
+    K: int,
+    x: int,
+    in_scale: int,
+    in_shift: int,
+    weight: int,
+    scale: int,
+    shift: int,
+    residual: int,
+    y: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def conv1x1_backward(
+    M: int,
+    C: int,
+    K: int,
+    dz: int,
+    x: int,
+    in_scale: int,
+    in_shift: int,
+    weight: int,
+    da: int,
+    dweight: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def batch_stats(
     dtype: int, M: int, C: int, z: int, mean: int, var: int, num_threads: int, /
 ) -> None: ...

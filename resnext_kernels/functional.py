@@ -13,6 +13,8 @@ __all__ = [
     "BatchNormState",
     "bn_relu",
     "bn_relu_max_pool",
+    "bottleneck",
+    "conv1x1",
     "conv_bn_relu",
     "grouped_conv_bn_relu",
 ]
@@ -66,12 +68,16 @@ def _check_like(name: str, t: Tensor, shape: tuple[int, ...], other: str, like: 
         raise ValueError(f"{name} must be on {other}'s device {like.device}, got {t.device}")
 
 
+def _check_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def _check_conv(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> None:
     for name, value in (("stride", stride), ("groups", groups), ("dilation", dilation)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        _check_int(name, value)
     channels = x.shape[1]
     if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
@@ -86,6 +92,13 @@ def _check_conv(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: i
             f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}"
         )
     _check_like("weight", weight, weight.shape, "x", x)
+
+
+def _check_1x1(name: str, weight: Tensor, channels: int, x: Tensor) -> None:
+    """`weight` is that of a dense 1x1 convolution of so many channels, like x."""
+    if weight.dim() != 4 or weight.shape[0] == 0 or weight.shape[1:] != (channels, 1, 1):
+        raise ValueError(f"{name} must have shape (K, {channels}, 1, 1), got {tuple(weight.shape)}")
+    _check_like(name, weight, weight.shape, "x", x)
 
 
 def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: int) -> None:
@@ -352,8 +365,7 @@ def conv_bn_relu(
     if pointwise_weight is not None:
         if residual is not None:
             raise ValueError("pointwise_weight and residual must not be given together")
-        expected = (pointwise_weight.shape[0], out_channels, 1, 1)
-        _check_like("pointwise_weight", pointwise_weight, expected, "x", x)
+        _check_1x1("pointwise_weight", pointwise_weight, out_channels, x)
     name = _backend(backend)
 
     nhwc = _is_nhwc(x) or _is_nhwc(weight)
@@ -381,7 +393,7 @@ def conv_bn_relu(
             name,
         )
         if pointwise_weight is not None:
-            y = torch.conv2d(y, pointwise_weight)
+            y = ops.conv1x1(y, pointwise_weight, 1, name)
         return y if nhwc else y.contiguous()
     y, _, vectors, in_vectors = ops.conv_bn_relu(
         x,
@@ -399,6 +411,39 @@ def conv_bn_relu(
     if input_bn is not None:
         _update_running(input_bn, in_vectors, n * h * w)
     return y if nhwc else y.contiguous()
+
+
+def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None = None) -> Tensor:
+    """The dense 1x1 convolution, with which a bottleneck begins and ends.
+
+        z[n, k, h, w] = sum over c of weight[k, c, 0, 0] * x[n, c, stride * h, stride * w]
+
+    Equivalent to F.conv2d(x, weight, None, stride), which it is for x in NCHW and wherever the
+    backend has no kernel of its own. Differentiable, twice. Saved for the backward pass: x.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64, any memory format.
+        weight: (K, C, 1, 1), x's dtype.
+        stride: Of the convolution.
+        backend: As of `grouped_conv_bn_relu`.
+
+    Returns:
+        z, (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1), x's dtype, in the memory format
+        that conv2d would give.
+
+    Raises:
+        ValueError, TypeError: As `grouped_conv_bn_relu`, of x, weight, stride and backend.
+    """
+    _check_image("x", x)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    _check_int("stride", stride)
+    _check_1x1("weight", weight, x.shape[1], x)
+    name = _backend(backend)
+    if not (_is_nhwc(x) or _is_nhwc(weight)):
+        return torch.conv2d(x, weight, None, stride)
+    return ops.conv1x1(_nhwc(x), weight, stride, name)
 
 
 def _check_bn_relu(z: Tensor, bn: BatchNormState) -> int:
@@ -512,4 +557,83 @@ def bn_relu_max_pool(
     else:
         y, _, vectors = ops.bn_relu_max_pool(z, *_operands(bn, dtype), *pool, name)
         _update_running(bn, vectors, count)
+    return y if nhwc else y.contiguous()
+
+
+def bottleneck(
+    z: Tensor,
+    bn1: BatchNormState,
+    weight: Tensor,
+    bn2: BatchNormState,
+    pointwise_weight: Tensor,
+    bn3: BatchNormState,
+    residual: Tensor,
+    *,
+    residual_bn: BatchNormState | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """A bottleneck block behind its first convolution.
+
+        y = relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(z)))))))
+                 + residual | + residual_bn(residual))
+
+    Equivalent to these steps by torch.nn.functional, and to `conv_bn_relu` with `input_bn` and
+    `pointwise_weight` followed by `bn_relu`, which say what is saved for the backward pass.
+
+    Args:
+        z: (N, C, H, W), the output of the block's first convolution.
+        bn1, bn2, bn3: BatchNorm of z and of the two convolutions' outputs.
+        weight, stride, groups, dilation, backend: As of `grouped_conv_bn_relu`.
+        pointwise_weight: (L, K, 1, 1), z's dtype.
+        residual: y's shape; cast to the dtype that the convolutions give.
+        residual_bn: BatchNorm of the residual (the downsampling branch), or None.
+
+    Returns:
+        y, (N, L, (H - 1) // stride + 1, (W - 1) // stride + 1), in the memory format that the
+        convolutions would give.
+
+    Raises:
+        As `conv_bn_relu` and `bn_relu`.
+    """
+    states = [bn for bn in (bn1, bn2, bn3, residual_bn) if bn is not None]
+    vectors = [vector for bn in states for vector in (bn.gamma, bn.beta)]
+    separate = (
+        any(bn.training for bn in states)
+        or _needs_gradient(z, weight, pointwise_weight, residual, *vectors)
+        or _autocast_dtype(z) is not None
+    )
+    t = conv_bn_relu(
+        z,
+        weight,
+        bn2,
+        input_bn=bn1,
+        pointwise_weight=pointwise_weight if separate else None,
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+        backend=backend,
+    )
+    residual = residual.to(t.dtype)
+    if separate:
+        return bn_relu(t, bn3, residual=residual, residual_bn=residual_bn, backend=backend)
+    n, channels, h, w = t.shape
+    _check_1x1("pointwise_weight", pointwise_weight, channels, t)
+    out_channels = pointwise_weight.shape[0]
+    _check_bn(bn3, "bn3.", t, out_channels, 0)
+    _check_like("residual", residual, (n, out_channels, h, w), "z", t)
+    if residual_bn is not None:
+        _check_bn(residual_bn, "residual_bn.", t, out_channels, 0)
+    nhwc = _is_nhwc(t) or _is_nhwc(pointwise_weight)
+    dtype = _vector_dtype(t)
+    y = ops.conv1x1_affine_relu(
+        t,
+        pointwise_weight,
+        *_scale_and_shift(bn3, dtype),
+        residual,
+        *_scale_and_shift(residual_bn, dtype),
+        _backend(backend),
+    )
     return y if nhwc else y.contiguous()

@@ -31,6 +31,7 @@ from .modules import (
     GroupedConvBNReLU,
     batch_norm_relu,
     batch_norm_relu_max_pool,
+    conv1x1,
     conv_bn_relu,
     why_not_conv,
     why_not_norm,
@@ -290,8 +291,8 @@ class _TimmBottleneck(_FusedBlock, FusedGroupedBottleneck):
         if _is_absent(self.aa):
             z = self._branch(x)
         else:
-            y = batch_norm_relu(self.bn1, self.conv1(x))
-            z = self.conv3(self.aa(conv_bn_relu(self.conv2, self.bn2, y)))  # type: ignore[misc]
+            y = batch_norm_relu(self.bn1, conv1x1(self.conv1, x))
+            z = conv1x1(self.conv3, self.aa(conv_bn_relu(self.conv2, self.bn2, y)))  # type: ignore[misc]
         if _is_absent(self.se) and _is_absent(self.drop_path):
             return self._join(z, x)
         y = self.bn3(z)

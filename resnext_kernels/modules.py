@@ -17,6 +17,7 @@ __all__ = [
     "GroupedConvBNReLU",
     "batch_norm_relu",
     "batch_norm_relu_max_pool",
+    "conv1x1",
     "conv_bn_relu",
     "why_not_conv",
     "why_not_norm",
@@ -68,11 +69,11 @@ def why_not_conv(conv: nn.Module) -> str | None:
 
 
 def _is_pointwise(conv: nn.Module) -> bool:
-    """Whether `conv` is nothing but conv2d(x, weight) of 1x1."""
+    """Whether `conv` is nothing but conv2d(x, weight, None, stride) of 1x1."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)
-        and conv.stride == (1, 1)
+        and conv.stride[0] == conv.stride[1]
         and conv.padding == (0, 0)
         and conv.groups == 1
         and conv.bias is None
@@ -136,6 +137,14 @@ def conv_bn_relu(
         dilation=conv.dilation[0],
         backend=backend,
     )
+
+
+def conv1x1(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), without calling its hooks where it is nothing but a dense 1x1 convolution."""
+    if not _is_pointwise(conv):
+        return conv(x)
+    assert isinstance(conv, nn.Conv2d)
+    return functional.conv1x1(x, conv.weight, stride=conv.stride[0])
 
 
 def batch_norm_relu(
@@ -306,7 +315,7 @@ class FusedGroupedBottleneck(nn.Module):
     Raises:
         TypeError: If `norm_layer` makes another kind of module.
 
-    Forward hooks on conv2, conv3 and the BatchNorms are not called.
+    Forward hooks on the convolutions and the BatchNorms are not called.
 
     Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017,
     Fig. 3c; stride in the 3x3 convolution as in torchvision.
@@ -348,13 +357,31 @@ class FusedGroupedBottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._join(self._branch(x), x)
+        if not self._ends_pointwise():
+            return self._join(self._branch(x), x)
+        residual, residual_bn = self._shortcut(x)
+        return functional.bottleneck(
+            conv1x1(self.conv1, x),
+            _state(self.bn1),
+            self.conv2.weight,
+            _state(self.bn2),
+            self.conv3.weight,
+            _state(self.bn3),
+            residual,
+            residual_bn=None if residual_bn is None else _state(residual_bn),
+            stride=self.conv2.stride[0],
+            groups=self.conv2.groups,
+            dilation=self.conv2.dilation[0],
+        )
+
+    def _ends_pointwise(self) -> bool:
+        return _is_pointwise(self.conv3) and self.conv3.stride == (1, 1)
 
     def _branch(self, x: Tensor) -> Tensor:
         """conv3's output."""
-        pointwise = _is_pointwise(self.conv3)
+        pointwise = self._ends_pointwise()
         z = functional.conv_bn_relu(
-            self.conv1(x),
+            conv1x1(self.conv1, x),
             self.conv2.weight,
             _state(self.bn2),
             input_bn=_state(self.bn1),
@@ -363,19 +390,22 @@ class FusedGroupedBottleneck(nn.Module):
             groups=self.conv2.groups,
             dilation=self.conv2.dilation[0],
         )
-        return z if pointwise else self.conv3(z)
+        return z if pointwise else conv1x1(self.conv3, z)
+
+    def _shortcut(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        """The residual, and the BatchNorm that is still to be applied to it."""
+        shortcut = self.downsample
+        if shortcut is None:
+            return x, None
+        if (
+            type(shortcut) is nn.Sequential
+            and len(shortcut) == 2
+            and why_not_norm(shortcut[1]) is None
+        ):
+            return conv1x1(shortcut[0], x), shortcut[1]
+        return shortcut(x), None
 
     def _join(self, z: Tensor, x: Tensor) -> Tensor:
         """relu(bn3(z) + downsample(x))."""
-        residual, residual_bn = x, None
-        if self.downsample is not None:
-            shortcut = self.downsample
-            if (
-                type(shortcut) is nn.Sequential
-                and len(shortcut) == 2
-                and why_not_norm(shortcut[1]) is None
-            ):
-                residual, residual_bn = shortcut[0](x), shortcut[1]
-            else:
-                residual = shortcut(x)
+        residual, residual_bn = self._shortcut(x)
         return batch_norm_relu(self.bn3, z, residual=residual.to(z.dtype), residual_bn=residual_bn)

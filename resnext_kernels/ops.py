@@ -9,7 +9,9 @@ here: that is `functional`'s.
     without gradients               with gradients: forward         backward
     conv_affine_relu                conv_bn_relu                    conv_bn_relu_backward
     normalize_relu                  bn_relu                         bn_relu_backward
+    conv1x1_affine_relu
                                     bn_relu_max_pool                bn_relu_max_pool_backward
+                                    conv1x1                         conv1x1_backward
 
 One BatchNorm is six arguments: `gamma, beta` (None: no affine), `mean, var` (None: statistics of
 the batch), `eps` (None: no BatchNorm here), and `group`, the name of the process group that shares
@@ -46,6 +48,9 @@ __all__ = [
     "bn_relu_backward",
     "bn_relu_max_pool",
     "bn_relu_max_pool_backward",
+    "conv1x1",
+    "conv1x1_affine_relu",
+    "conv1x1_backward",
     "conv_affine_relu",
     "conv_bn_relu",
     "conv_bn_relu_backward",
@@ -259,17 +264,6 @@ def _given(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if t is None else t for t in results)
 
 
-def _pointwise_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a 1x1 convolution's input and weight."""
-    needs = [need_dx, need_dweight, False]
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs
-    )
-    return _nhwc(dx) if need_dx else None, dweight.contiguous() if need_dweight else None
-
-
 # What fakes return ---------------------------------------------------------------------------
 
 
@@ -439,9 +433,10 @@ def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
         stats=bn.training,
     )
     vectors = _vectors(bn, batch if bn.training else None, _count(z))
-    y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
-    if pointwise_weight is not None:
-        y = _nhwc(torch.conv2d(y, pointwise_weight))
+    if pointwise_weight is None:
+        y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
+    else:
+        y = kernels.conv1x1(z, _dense(pointwise_weight), prologue=_affine(vectors))
     return y, z, *_given(vectors, vectors, in_vectors)
 
 
@@ -494,9 +489,13 @@ def _conv_bn_relu_backward(
             dy, y = dresidual, None
             scale, shift = _relu_passes_everything(vectors)
     if pointwise_weight is not None:
-        a = kernels.normalize_relu(z, scale, shift) if need_pointwise else z
-        da, dpointwise = _pointwise_backward(
-            dy, a, pointwise_weight, need_dz or need_affine, need_pointwise
+        da, dpointwise = kernels.conv1x1_backward(
+            dy,
+            z,
+            _dense(pointwise_weight),
+            prologue=(scale, shift),
+            need_dx=need_dz or need_affine,
+            need_dweight=need_pointwise,
         )
         dy = dy if da is None else da
     if need_affine or (training and need_dz):
@@ -553,7 +552,7 @@ def _conv_bn_relu_backward_fake(
         *affine(z, need_affine),
         _like_nhwc(z) if need_residual else None,
         *affine(x, need_in_affine),
-        pointwise_weight.new_empty(pointwise_weight.shape) if need_pointwise else None,
+        _like_weight(pointwise_weight) if need_pointwise else None,
     )
 
 
@@ -942,6 +941,102 @@ _register_autograd(
 )
 
 
+# conv1x1: the dense 1x1 convolution -----------------------------------------------------------
+
+
+def _conv1x1(x: Tensor, weight: Tensor, stride: int, backend: str) -> Tensor:
+    kernels = _serving_bn(x, True, backend)
+    return kernels.conv1x1(_nhwc(x), _dense(weight), stride=stride)
+
+
+conv1x1 = _register(
+    "conv1x1(Tensor x, Tensor weight, int stride, str backend) -> Tensor",
+    _conv1x1,
+    lambda x, weight, stride, _: _fake_conv(x, weight.shape[0], stride),
+)
+
+
+def _conv1x1_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    backend: str,
+) -> Tensor:
+    kernels = _serving_bn(x, False, backend)
+    return kernels.conv1x1_affine_relu(
+        _nhwc(x),
+        _dense(weight),
+        scale,
+        shift,
+        residual=_maybe_nhwc(residual),
+        residual_affine=None if residual_scale is None else (residual_scale, residual_shift),
+    )
+
+
+conv1x1_affine_relu = _register(
+    "conv1x1_affine_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
+    "Tensor? residual_scale, Tensor? residual_shift, str backend) -> Tensor",
+    _conv1x1_affine_relu,
+    lambda x, weight, *_: _fake_conv(x, weight.shape[0], 1),
+)
+
+
+def _conv1x1_backward(
+    dz: Tensor, x: Tensor, weight: Tensor, stride: int, needs: list[bool], backend: str
+) -> tuple[Tensor, ...]:
+    kernels = _serving_bn(x, True, backend)
+    need_x, need_weight = needs
+    found = kernels.conv1x1_backward(
+        _nhwc(dz),
+        _nhwc(x),
+        _dense(weight),
+        stride=stride,
+        need_dx=need_x,
+        need_dweight=need_weight,
+    )
+    return _given(x, *found)
+
+
+def _conv1x1_backward_fake(
+    dz: Tensor, x: Tensor, weight: Tensor, stride: int, needs: list[bool], backend: str
+) -> tuple[Tensor, ...]:
+    need_x, need_weight = needs
+    return _given(
+        x, _like_nhwc(x) if need_x else None, _like_weight(weight) if need_weight else None
+    )
+
+
+conv1x1_backward = _register(
+    "conv1x1_backward(Tensor dz, Tensor x, Tensor weight, int stride, bool[2] needs, "
+    "str backend) -> (Tensor dx, Tensor dweight)",
+    _conv1x1_backward,
+    _conv1x1_backward_fake,
+)
+
+
+def _conv1x1_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.stride, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _conv1x1_autograd(ctx: Any, needs: tuple[bool, ...], dz: Tensor) -> Any:
+    x, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        found: Any = _differentiate(
+            lambda x, weight: torch.conv2d(x, weight, None, ctx.stride), dz, x, weight
+        )
+    else:
+        found = conv1x1_backward(dz, x, weight, ctx.stride, list(needs[:2]), ctx.backend)
+    return enumerate(found)
+
+
+_register_autograd(conv1x1, "Conv1x1", _conv1x1_setup, _conv1x1_autograd)
+
+
 # Formulas for torch.utils.flop_counter: convolutions alone count, as with torch's own operators ---
 
 
@@ -968,3 +1063,16 @@ def _conv_bn_relu_backward_flops(dy: Any, x: Any, weight: Any, z: Any, *args: An
         need_activation = need_input or need_weight or need_affine
         flops += (need_activation + need_pointwise) * conv_flop_count(z, pointwise_weight, dy)
     return flops
+
+
+@register_flop_formula(torch.ops.resnext_kernels.conv1x1)
+@register_flop_formula(torch.ops.resnext_kernels.conv1x1_affine_relu)
+def _conv1x1_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flop_count(x, weight, out_shape)
+
+
+@register_flop_formula(torch.ops.resnext_kernels.conv1x1_backward)
+def _conv1x1_backward_flops(
+    dz: Any, x: Any, weight: Any, stride: Any, needs: Any, *_: Any, **__: Any
+) -> int:
+    return sum(needs) * conv_flop_count(x, weight, dz)

@@ -48,6 +48,15 @@ struct Kernels {
   void (*conv_backward)(const ConvProblem&, const ReluBNGradient& gradient, const void* x, Affine prologue,
                         const void* weight, void* dx, void* dweight, int num_threads);
 
+  // The dense 1x1 convolution in float32 on matrices, x (M, C), weight (K, C), C and K multiples of 16:
+  // z = a weight^T, or y = relu(scale * z + shift [+ residual]) where affine is given; a = x or relu(prologue(x))
+  void (*conv1x1)(int64_t M, int64_t C, int64_t K, const float* x, Affine prologue, const float* weight, Affine affine,
+                  const float* residual, float* y, int num_threads);
+
+  // da = dz weight unless null, dweight = dz^T a unless null
+  void (*conv1x1_backward)(int64_t M, int64_t C, int64_t K, const float* dz, const float* x, Affine prologue,
+                           const float* weight, float* da, float* dweight, int num_threads);
+
   // The rest works on z as an (M, C) matrix.
   void (*batch_stats)(DType, int64_t M, int64_t C, const void* z, float* mean, float* var, int num_threads);
 

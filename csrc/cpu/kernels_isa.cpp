@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Compiled once for each with -DRK_ISA=<name> and that set's flags; nothing of
 // the standard library is instantiated here, so no code for a newer machine can leak into shared inline functions.
 #include "conv.h"
+#include "conv1x1.h"
 #include "kernels.h"
 #include "peak.h"
 #include "pointwise.h"
@@ -88,9 +89,17 @@ void bn_relu_input_gradient_any(DType dtype, int64_t M, int64_t C, const ReluBNG
 const Kernels& RK_JOIN(kernels_, RK_ISA)() {
   using namespace RK_ISA;
   static constexpr Kernels table = {
-      RK_TEXT(RK_ISA),    supported_here,       conv_affine_relu_any,
-      conv_stats_any,     conv_backward_any,    batch_stats_any,
-      normalize_relu_any, bn_relu_backward_any, bn_relu_input_gradient_any,
+      RK_TEXT(RK_ISA),
+      supported_here,
+      conv_affine_relu_any,
+      conv_stats_any,
+      conv_backward_any,
+      conv1x1,
+      conv1x1_backward,
+      batch_stats_any,
+      normalize_relu_any,
+      bn_relu_backward_any,
+      bn_relu_input_gradient_any,
       multiply_adds,
   };
   return table;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
+from .reference import conv1x1, conv1x1_backward  # noqa: F401
 
 try:
     from .. import _C
@@ -330,3 +331,17 @@ def conv_backward(
     )
     _run(plan, x)
     return dx, None if dweight is None else in_format_of(weight, dweight)
+
+
+def conv1x1_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+) -> Tensor:
+    """y = normalize_relu(conv1x1(x), ...): the dense convolution is cuDNN's."""
+    z = conv1x1(x, weight)
+    return normalize_relu(z, scale, shift, residual=residual, residual_affine=residual_affine)

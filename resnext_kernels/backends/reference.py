@@ -84,6 +84,54 @@ def conv_stats(
     return z, z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
 
 
+def conv1x1(
+    x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
+) -> Tensor:
+    """z = the dense convolution of x and a weight of (K, C, 1, 1)."""
+    return _nhwc(torch.conv2d(_activated(x, prologue), weight, None, stride))
+
+
+def conv1x1_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+) -> Tensor:
+    """y = normalize_relu(conv1x1(x), ...)."""
+    z = conv1x1(x, weight)
+    return normalize_relu(z, scale, shift, residual=residual, residual_affine=residual_affine)
+
+
+def conv1x1_backward(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of what conv1x1 convolves and of its weight, None where not needed."""
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dz,
+        _activated(x, prologue) if need_dweight else x,
+        weight,
+        None,
+        [stride, stride],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [need_dx, need_dweight, False],
+    )
+    return _nhwc(dx) if need_dx else None, in_format_of(weight, dweight) if need_dweight else None
+
+
 def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over N, H and W; zeros for an empty batch."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32

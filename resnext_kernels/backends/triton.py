@@ -51,6 +51,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
 from . import reference
+from .reference import conv1x1, conv1x1_backward  # noqa: F401
 
 try:
     import triton
@@ -1198,3 +1199,17 @@ def conv_backward(
     if need_dweight:
         dweight = _dweight(dy, gradient, x, weight, prologue, **conv)
     return dx, dweight
+
+
+def conv1x1_affine_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+) -> Tensor:
+    """y = normalize_relu(conv1x1(x), ...): the dense convolution is cuDNN's."""
+    z = conv1x1(x, weight)
+    return normalize_relu(z, scale, shift, residual=residual, residual_affine=residual_affine)
