@@ -124,14 +124,18 @@ def operator_calls() -> dict[str, tuple]:
     none = (None, None, None, None, None, "")  # no BatchNorm
     conv, strided = (1, groups, 1, ""), (2, groups, 2, "")
     pool = ([3, 3], [2, 2], [1, 1], [1, 1], False, "")
-    plain = x.detach(), weight.detach(), vector(k), vector(k)
-    normal = z.detach(), vector(k), vector(k)
+    running = (*(vector(k) for _ in range(4)), 1e-5)
+    in_running = (*(vector(c) for _ in range(4)), 1e-5)
+    no_affine = (None, None, *running[2:])
+    plain, normal = (x.detach(), weight.detach()), z.detach()
     bn, frozen = batch_norm(k), batch_norm(k, frozen=True)
     return {
-        "conv_affine_relu": (*plain, None, None, None, *conv),
-        "conv_affine_relu full": (*plain, residual.detach(), vector(c), vector(c), *conv),
-        "normalize_relu": (*normal, None, None, None, ""),
-        "normalize_relu full": (*normal, residual.detach(), vector(k), vector(k), ""),
+        "conv_bn_relu_eval": (*plain, *no_affine, *conv),
+        "conv_bn_relu_eval residual": (*plain, *running, *conv, residual.detach()),
+        "conv_bn_relu_eval full": (*plain, *running, *conv, residual.detach(), *in_running),
+        "bn_relu_eval": (normal, *no_affine, ""),
+        "bn_relu_eval residual": (normal, *running, "", residual.detach()),
+        "bn_relu_eval full": (normal, *running, "", residual.detach(), *running),
         "conv_bn_relu": (x, weight, *bn, None, *none, None, *conv),
         "conv_bn_relu no affine": (
             *(x, weight, *batch_norm(k, affine=False), None, *none, None, *conv),

@@ -91,6 +91,7 @@ const Kernels& RK_JOIN(kernels_, RK_ISA)() {
       RK_TEXT(RK_ISA),    supported_here,       conv_affine_relu_any,
       conv_stats_any,     conv_backward_any,    batch_stats_any,
       normalize_relu_any, bn_relu_backward_any, bn_relu_input_gradient_any,
+      bn_affine,          bn_vectors,           bn_gradient_vectors,
       multiply_adds,
   };
   return table;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
+from .reference import bn_affine, bn_gradient_vectors, bn_vectors  # noqa: F401
 
 try:
     from .. import _C

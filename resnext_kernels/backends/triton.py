@@ -51,6 +51,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
 from . import reference
+from .reference import bn_affine, bn_gradient_vectors, bn_vectors  # noqa: F401
 
 try:
     import triton
