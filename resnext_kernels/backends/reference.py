@@ -202,7 +202,12 @@ def bn_affine(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Affine:
     """scale = gamma / sqrt(var + eps), shift = beta - mean * scale; None stands for 1 and 0."""
-    rstd = torch.rsqrt(var + eps)
+    return _scale_and_shift(gamma, beta, mean, torch.rsqrt(var + eps))
+
+
+def _scale_and_shift(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Affine:
     scale = rstd if gamma is None else gamma * rstd
     shift = mean * -scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
     return scale, shift
@@ -211,9 +216,10 @@ def bn_affine(
 def bn_vectors(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
 ) -> Tensor:
-    """(5, C): mean, unbias * var, rstd = 1 / sqrt(var + eps), and the scale and shift of above."""
-    scale, shift = bn_affine(gamma, beta, mean, var, eps)
-    return torch.stack((mean, unbias * var, torch.rsqrt(var + eps), scale, shift))
+    """(5, C): mean, unbias * var, rstd = 1 / sqrt(var + eps), scale and shift of `bn_affine`."""
+    rstd = torch.rsqrt(var + eps)
+    scale, shift = _scale_and_shift(gamma, beta, mean, rstd)
+    return torch.stack((mean, unbias * var, rstd, scale, shift))
 
 
 def bn_gradient_vectors(
