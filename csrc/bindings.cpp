@@ -1,4 +1,4 @@
-// Python bindings: data pointers and sizes in, nothing of torch. Every function releases the GIL.
+// Python bindings: data pointers and sizes in, nothing of torch. What works on tensors releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,6 +16,7 @@ void bind(py::module_& m);  // cuda/bindings.cpp
 
 using namespace resnext_kernels;
 using cpu::Affine;
+using cpu::BatchNorm;
 using cpu::ReluBNGradient;
 using Pointer = uintptr_t;  // tensor.data_ptr(), 0 = absent
 
@@ -95,6 +96,21 @@ void bn_relu_input_gradient(int dtype, int64_t M, int64_t C, Pointer dy, Pointer
   cpu::kernels().bn_relu_input_gradient(static_cast<DType>(dtype), M, C, gradient, out(dz), num_threads);
 }
 
+void bn_affine(int64_t C, Pointer gamma, Pointer beta, Pointer mean, Pointer var, float eps, Pointer scale,
+               Pointer shift) {
+  cpu::kernels().bn_affine(C, {vec(gamma), vec(beta), vec(mean), vec(var), eps}, out_vec(scale), out_vec(shift));
+}
+
+void bn_vectors(int64_t C, Pointer gamma, Pointer beta, Pointer mean, Pointer var, float eps, float unbias,
+                Pointer vectors) {
+  cpu::kernels().bn_vectors(C, {vec(gamma), vec(beta), vec(mean), vec(var), eps}, unbias, out_vec(vectors));
+}
+
+void bn_gradient_vectors(int64_t C, Pointer sum_g, Pointer sum_g_xhat, Pointer vectors, float count, Pointer b,
+                         Pointer c) {
+  cpu::kernels().bn_gradient_vectors(C, vec(sum_g), vec(sum_g_xhat), vec(vectors), count, out_vec(b), out_vec(c));
+}
+
 // On the best instruction set of the machine, whichever is in use.
 int64_t multiply_adds(int64_t rounds, int num_threads) {
   return cpu::supported_kernels()[0]->multiply_adds(rounds, num_threads);
@@ -129,6 +145,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize_relu", &normalize_relu, nogil);
   m.def("bn_relu_backward", &bn_relu_backward, nogil);
   m.def("bn_relu_input_gradient", &bn_relu_input_gradient, nogil);
+  m.def("bn_affine", &bn_affine);  // a microsecond each: not worth giving the GIL away
+  m.def("bn_vectors", &bn_vectors);
+  m.def("bn_gradient_vectors", &bn_gradient_vectors);
   m.def("multiply_adds", &multiply_adds, nogil, py::arg("rounds"), py::arg("num_threads"),
         "Multiply-adds on registers alone, on the best instruction set; returns the operations made.");
 

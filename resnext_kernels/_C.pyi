@@ -79,6 +79,31 @@ def conv1x1_backward(
 def batch_stats(
     dtype: int, M: int, C: int, z: int, mean: int, var: int, num_threads: int, /
 ) -> None: ...
+def bn_affine(
+    C: int,
+    gamma: int,
+    beta: int,
+    mean: int,
+    var: int,
+    eps: float,
+    scale: int,
+    shift: int,
+    /,
+) -> None: ...
+def bn_vectors(
+    C: int,
+    gamma: int,
+    beta: int,
+    mean: int,
+    var: int,
+    eps: float,
+    unbias: float,
+    vectors: int,
+    /,
+) -> None: ...
+def bn_gradient_vectors(
+    C: int, sum_g: int, sum_g_xhat: int, vectors: int, count: float, b: int, c: int, /
+) -> None: ...
 def normalize_relu(
     dtype: int,
     M: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,14 +48,17 @@ class BatchNormState(NamedTuple):
 # Validation ----------------------------------------------------------------------------------
 
 
-def _check_image(name: str, t: Tensor) -> None:
-    if t.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(t.shape)}")
+def _check_image(name: str, t: Tensor) -> torch.Size:
+    """The shape of `t`, which may be a batch of images."""
+    shape = t.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(shape)}")
     if t.dtype not in _DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"{name} must be of dtype {allowed}, got {t.dtype}")
-    if t.shape[1] == 0 or t.shape[2] == 0 or t.shape[3] == 0:
-        raise ValueError(f"{name} must have C, H and W of at least 1, got shape {tuple(t.shape)}")
+    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"{name} must have C, H and W of at least 1, got shape {tuple(shape)}")
+    return shape
 
 
 def _check_like(name: str, t: Tensor, shape: tuple[int, ...], other: str, like: Tensor) -> None:
@@ -75,23 +78,27 @@ def _check_int(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _check_conv(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> None:
+def _check_conv(
+    x: Tensor, channels: int, weight: Tensor, stride: int, groups: int, dilation: int
+) -> int:
+    """The output channels of `weight`, which fits the other arguments."""
     for name, value in (("stride", stride), ("groups", groups), ("dilation", dilation)):
         _check_int(name, value)
-    channels = x.shape[1]
     if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
-    expected = (weight.shape[0] if weight.dim() else 0, channels // groups, 3, 3)
-    if tuple(weight.shape) != expected or weight.shape[0] == 0:
+    shape = weight.shape
+    out_channels = shape[0] if shape else 0
+    if shape != (out_channels, channels // groups, 3, 3) or out_channels == 0:
         raise ValueError(
             f"weight must have shape (K, {channels // groups}, 3, 3) for {channels} channels of x "
-            f"in {groups} groups, got {tuple(weight.shape)}"
+            f"in {groups} groups, got {tuple(shape)}"
         )
-    if weight.shape[0] % groups:
+    if out_channels % groups:
         raise ValueError(
-            f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}"
+            f"groups must divide the {out_channels} output channels of weight, got {groups}"
         )
-    _check_like("weight", weight, weight.shape, "x", x)
+    _check_like("weight", weight, shape, "x", x)
+    return out_channels
 
 
 def _check_1x1(name: str, weight: Tensor, channels: int, x: Tensor) -> None:
@@ -103,46 +110,53 @@ def _check_1x1(name: str, weight: Tensor, channels: int, x: Tensor) -> None:
 
 def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: int) -> None:
     """`bn` fits `channels` channels on z's device, and `count` values a channel if training."""
-    if not bn.eps >= 0:
-        raise ValueError(f"{name}eps must be at least 0, got {bn.eps}")
-    for field in ("gamma", "beta", "running_mean", "running_var"):
-        vector = getattr(bn, field)
-        if vector is None:
-            continue
-        if vector.dim() != 1 or vector.shape[0] != channels:
-            raise ValueError(
-                f"{name}{field} must have shape ({channels},), got {tuple(vector.shape)}"
-            )
-        if not vector.is_floating_point():
-            raise TypeError(f"{name}{field} must be of a floating-point dtype, got {vector.dtype}")
-        if vector.device != z.device:
-            raise ValueError(
-                f"{name}{field} must be on the images' device {z.device}, got {vector.device}"
-            )
-    if (bn.running_mean is None) != (bn.running_var is None):
+    gamma, beta, running_mean, running_var, training, _, eps, group = bn
+    if not eps >= 0:
+        raise ValueError(f"{name}eps must be at least 0, got {eps}")
+    shape, device = (channels,), z.device
+    for i, vector in enumerate((gamma, beta, running_mean, running_var)):
+        if vector is not None and (
+            vector.shape != shape or vector.device != device or not vector.is_floating_point()
+        ):
+            raise _wrong_vector(f"{name}{bn._fields[i]}", vector, channels, device)
+    if (running_mean is None) != (running_var is None):
         raise ValueError(
             f"{name}running_mean and {name}running_var must both be tensors or both be None"
         )
-    if not bn.training:
-        if bn.running_mean is None:
+    if not training:
+        if running_mean is None:
             raise ValueError(
                 f"{name}running_mean and {name}running_var must be tensors unless training, "
                 "got None"
             )
-    elif count == 1 and not bn.group:
+    elif count == 1 and not group:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{(z.shape[0], channels, 1, 1)}"
         )
 
 
+def _wrong_vector(name: str, vector: Tensor, channels: int, device: torch.device) -> Exception:
+    """What is wrong with a vector of a BatchNorm."""
+    if vector.shape != (channels,):
+        return ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
+    if not vector.is_floating_point():
+        return TypeError(f"{name} must be of a floating-point dtype, got {vector.dtype}")
+    return ValueError(f"{name} must be on the images' device {device}, got {vector.device}")
+
+
 def _backend(name: str | None) -> str:
-    """`backend` as the operators take it; what `use` and the environment ask for is read here."""
+    """`backend` as the operators take it; they read what `use` and the environment ask for."""
     if name is not None and name not in backends.NAMES:
         allowed = ", ".join(map(repr, backends.NAMES))
         raise ValueError(f"backend must be one of {allowed}, or None, got {name!r}")
+    return name or ""
+
+
+def _backend_of_both_passes(name: str) -> str:
+    """`name`, or what is asked for now: the backward pass may run under another setting."""
     if torch.compiler.is_compiling():
-        return name or ""  # the operators then read the settings when they run
+        return name  # the operators read the setting when they run
     return name or backends.requested() or ""
 
 
@@ -152,7 +166,7 @@ def _backend(name: str | None) -> str:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has convolutions compute in; None where it leaves them alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+    if x.dtype is torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -166,52 +180,39 @@ def _is_nhwc(t: Tensor) -> bool:
 
     As at::suggest_memory_format: `t` need not be dense, and what could be either is NCHW.
     """
-    shape, strides = t.shape, t.stride()
-    if strides[1] == 0:
-        return False
-    least = 0
-    for d in (1, 3, 2, 0):
-        if shape[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * shape[d]
-    return True
+    n, c, h, w = t.shape
+    of_n, of_c, of_h, of_w = t.stride()
+    return (
+        of_c > 0
+        and of_c * c <= of_w
+        and of_w * w <= of_h
+        and of_h * h <= of_n
+        and of_h * h != of_c
+        and n > 0
+    )
 
 
-def _vector_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or t.dtype == dtype else t.to(dtype)
-
-
-def _operands(bn: BatchNormState | None, dtype: torch.dtype) -> ops.BatchNorm:
+def _operands(bn: BatchNormState | None, z: Tensor) -> tuple[Any, ...]:
     """`bn` as the operators take it: vectors of one dtype, no mean and variance in training."""
     if bn is None:
         return ops.NO_BATCH_NORM
-    gamma, beta = _vector(bn.gamma, dtype), _vector(bn.beta, dtype)
-    if bn.training:
-        return ops.BatchNorm(gamma, beta, None, None, bn.eps, bn.group)
-    mean, var = _vector(bn.running_mean, dtype), _vector(bn.running_var, dtype)
-    return ops.BatchNorm(gamma, beta, mean, var, bn.eps, "")
+    gamma, beta, mean, var, training, _, eps, group = bn
+    dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
+    gamma, beta = _vector(gamma, dtype), _vector(beta, dtype)
+    if training:
+        return gamma, beta, None, None, eps, group
+    return gamma, beta, _vector(mean, dtype), _vector(var, dtype), eps, ""
 
 
-def _scale_and_shift(
-    bn: BatchNormState | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """BatchNorm with running statistics as one multiply-add; None for no BatchNorm."""
-    if bn is None:
-        return None, None
-    gamma, beta, mean, var, eps, _ = _operands(bn, dtype)
-    assert mean is not None
-    assert var is not None
-    assert eps is not None
-    scale = torch.rsqrt(var + eps)
-    if gamma is not None:
-        scale = gamma * scale
-    if beta is None:
-        return scale, mean * -scale
-    return scale, torch.addcmul(beta, mean, scale, value=-1)
+def _vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype is dtype else t.to(dtype)
+
+
+def _optional(residual: Tensor | None, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last arguments of an operator in evaluation, as few as there are."""
+    if operands is ops.NO_BATCH_NORM:
+        return () if residual is None else (residual,)
+    return residual, *operands[:5]
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -347,15 +348,14 @@ def conv_bn_relu(
         As `grouped_conv_bn_relu`, and ValueError if `pointwise_weight` is of another shape or
         given together with `residual`.
     """
-    _check_image("x", x)
+    n, channels, h, w = _check_image("x", x)
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         residual = None if residual is None else residual.to(dtype)
         pointwise_weight = None if pointwise_weight is None else pointwise_weight.to(dtype)
-    _check_conv(x, weight, stride, groups, dilation)
-    n, channels, h, w = x.shape
-    out_channels, out_h, out_w = weight.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1
+    out_channels = _check_conv(x, channels, weight, stride, groups, dilation)
+    out_h, out_w = (h - 1) // stride + 1, (w - 1) // stride + 1
     count = n * out_h * out_w
     _check_bn(bn, "", x, out_channels, count)
     if input_bn is not None:
@@ -369,9 +369,8 @@ def conv_bn_relu(
     name = _backend(backend)
 
     nhwc = _is_nhwc(x) or _is_nhwc(weight)
-    x = _nhwc(x)
     in_training = input_bn is not None and input_bn.training
-    vector_dtype = _vector_dtype(x)
+    operands, in_operands = _operands(bn, x), _operands(input_bn, x)
     if not (bn.training or in_training) and not _needs_gradient(
         x,
         weight,
@@ -381,31 +380,30 @@ def conv_bn_relu(
         pointwise_weight,
         *(() if input_bn is None else input_bn[:2]),
     ):
-        y = ops.conv_affine_relu(
+        y = ops.conv_bn_relu_eval(
             x,
             weight,
-            *_scale_and_shift(bn, vector_dtype),
-            residual,
-            *_scale_and_shift(input_bn, vector_dtype),
+            *operands[:5],
             stride,
             groups,
             dilation,
             name,
+            *_optional(residual, in_operands),
         )
         if pointwise_weight is not None:
             y = ops.conv1x1(y, pointwise_weight, 1, name)
         return y if nhwc else y.contiguous()
     y, _, vectors, in_vectors = ops.conv_bn_relu(
-        x,
+        _nhwc(x),
         weight,
-        *_operands(bn, vector_dtype),
+        *operands,
         residual,
-        *_operands(input_bn, vector_dtype),
+        *in_operands,
         pointwise_weight,
         stride,
         groups,
         dilation,
-        name,
+        _backend_of_both_passes(name),
     )
     _update_running(bn, vectors, count)
     if input_bn is not None:
@@ -443,12 +441,11 @@ def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None =
     name = _backend(backend)
     if not (_is_nhwc(x) or _is_nhwc(weight)):
         return torch.conv2d(x, weight, None, stride)
-    return ops.conv1x1(_nhwc(x), weight, stride, name)
+    return ops.conv1x1(_nhwc(x), weight, stride, _backend_of_both_passes(name))
 
 
 def _check_bn_relu(z: Tensor, bn: BatchNormState) -> int:
-    _check_image("z", z)
-    n, channels, h, w = z.shape
+    n, channels, h, w = _check_image("z", z)
     _check_bn(bn, "", z, channels, n * h * w)
     return n * h * w
 
@@ -492,22 +489,19 @@ def bn_relu(
     name = _backend(backend)
 
     nhwc = _is_nhwc(z)
-    z, residual = _nhwc(z), None if residual is None else _nhwc(residual)
-    dtype = _vector_dtype(z)
+    operands, residual_operands = _operands(bn, z), _operands(residual_bn, z)
     training = bn.training or (residual_bn is not None and residual_bn.training)
     if not training and not _needs_gradient(
         z, bn.gamma, bn.beta, residual, *(() if residual_bn is None else residual_bn[:2])
     ):
-        y = ops.normalize_relu(
-            z,
-            *_scale_and_shift(bn, dtype),
-            residual,
-            *_scale_and_shift(residual_bn, dtype),
-            name,
-        )
+        y = ops.bn_relu_eval(z, *operands[:5], name, *_optional(residual, residual_operands))
         return y if nhwc else y.contiguous()
     y, vectors, residual_vectors = ops.bn_relu(
-        z, *_operands(bn, dtype), residual, *_operands(residual_bn, dtype), name
+        _nhwc(z),
+        *operands,
+        None if residual is None else _nhwc(residual),
+        *residual_operands,
+        _backend_of_both_passes(name),
     )
     _update_running(bn, vectors, count)
     if residual_bn is not None:
@@ -548,14 +542,14 @@ def bn_relu_max_pool(
     count = _check_bn_relu(z, bn)
     name = _backend(backend)
     nhwc = _is_nhwc(z)
-    z = _nhwc(z)
-    dtype = _vector_dtype(z)
+    operands = _operands(bn, z)
     pool = kernel_size, stride, padding, dilation, ceil_mode
     if not bn.training and not _needs_gradient(z, bn.gamma, bn.beta):
-        y = ops.normalize_relu(z, *_scale_and_shift(bn, dtype), None, None, None, name)
+        y = ops.bn_relu_eval(z, *operands[:5], name)
         y = torch.max_pool2d(y, *pool)
     else:
-        y, _, vectors = ops.bn_relu_max_pool(z, *_operands(bn, dtype), *pool, name)
+        name = _backend_of_both_passes(name)
+        y, _, vectors = ops.bn_relu_max_pool(_nhwc(z), *operands, *pool, name)
         _update_running(bn, vectors, count)
     return y if nhwc else y.contiguous()
 
@@ -627,13 +621,11 @@ def bottleneck(
     if residual_bn is not None:
         _check_bn(residual_bn, "residual_bn.", t, out_channels, 0)
     nhwc = _is_nhwc(t) or _is_nhwc(pointwise_weight)
-    dtype = _vector_dtype(t)
-    y = ops.conv1x1_affine_relu(
+    y = ops.conv1x1_bn_relu_eval(
         t,
         pointwise_weight,
-        *_scale_and_shift(bn3, dtype),
-        residual,
-        *_scale_and_shift(residual_bn, dtype),
+        *_operands(bn3, t)[:5],
         _backend(backend),
+        *_optional(residual, _operands(residual_bn, t)),
     )
     return y if nhwc else y.contiguous()

@@ -7,16 +7,16 @@ float64 tensors.
 here: that is `functional`'s.
 
     without gradients               with gradients: forward         backward
-    conv_affine_relu                conv_bn_relu                    conv_bn_relu_backward
-    normalize_relu                  bn_relu                         bn_relu_backward
-    conv1x1_affine_relu
+    conv_bn_relu_eval               conv_bn_relu                    conv_bn_relu_backward
+    bn_relu_eval                    bn_relu                         bn_relu_backward
+    conv1x1_bn_relu_eval
                                     bn_relu_max_pool                bn_relu_max_pool_backward
                                     conv1x1                         conv1x1_backward
 
 One BatchNorm is six arguments: `gamma, beta` (None: no affine), `mean, var` (None: statistics of
 the batch), `eps` (None: no BatchNorm here), and `group`, the name of the process group that shares
-statistics ("": none). What it made of them comes back as one (5, C) tensor: mean, unbiased
-variance, rstd, scale, shift, with
+statistics ("": none); without gradients it is the first five. What it made of them comes back as
+one (5, C) tensor: mean, unbiased variance, rstd, scale, shift, with
 
     rstd = 1 / sqrt(var + eps),   scale = gamma * rstd,   shift = beta - mean * scale
 
@@ -46,15 +46,15 @@ __all__ = [
     "BatchNorm",
     "bn_relu",
     "bn_relu_backward",
+    "bn_relu_eval",
     "bn_relu_max_pool",
     "bn_relu_max_pool_backward",
     "conv1x1",
-    "conv1x1_affine_relu",
     "conv1x1_backward",
-    "conv_affine_relu",
+    "conv1x1_bn_relu_eval",
     "conv_bn_relu",
     "conv_bn_relu_backward",
-    "normalize_relu",
+    "conv_bn_relu_eval",
 ]
 
 _NAMESPACE = "resnext_kernels"
@@ -83,6 +83,16 @@ NO_BATCH_NORM = BatchNorm(None, None, None, None, None, "")
 def _schema_of_bn(prefix: str = "") -> str:
     vectors = ", ".join(f"Tensor? {prefix}{name}" for name in ("gamma", "beta", "mean", "var"))
     return f"{vectors}, float? {prefix}eps, str {prefix}group"
+
+
+# In evaluation: a BatchNorm with running statistics, and a second one that may be left out. What is
+# left out is not passed through the dispatcher, which takes its time for every argument.
+_EVAL_BN = "Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps"
+
+
+def _schema_of_eval_bn(prefix: str) -> str:
+    vectors = (f"Tensor? {prefix}{name}=None, " for name in ("gamma", "beta", "mean", "var"))
+    return f"{''.join(vectors)}float? {prefix}eps=None"
 
 
 def _register(schema: str, implementation: Callable, fake: Callable) -> Any:
@@ -139,7 +149,9 @@ def _nhwc(t: Tensor) -> Tensor:
 
 
 def _dense(weight: Tensor) -> Tensor:
-    return weight if weight_format(weight) is not None else weight.contiguous()
+    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    return weight.contiguous()
 
 
 def _maybe_nhwc(t: Tensor | None) -> Tensor | None:
@@ -150,12 +162,11 @@ def _serving(
     x: Tensor, k: int, stride: int, groups: int, dilation: int, training: bool, backend: str
 ) -> ModuleType:
     """The backend for a convolution of x to k channels; an empty batch is the reference's."""
-    n, c, h, w = x.shape
-    if n == 0:
+    shape = x.shape
+    if shape[0] == 0:
         return reference
     name = backend or backends.requested()
-    dtype, device = x.dtype, x.device.type
-    return backends._select(name, n, h, w, c, k, groups, stride, dilation, dtype, device, training)
+    return backends._select(name, shape, x.dtype, x.device, k, groups, stride, dilation, training)
 
 
 def _serving_bn(z: Tensor, training: bool, backend: str) -> ModuleType:
@@ -192,28 +203,22 @@ def _combined_stats(
 
 def _bn_vectors(kernels: ModuleType, z: Tensor, bn: BatchNorm) -> Tensor:
     """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z."""
-    return _vectors(bn, kernels.batch_stats(z) if bn.training else None, _count(z))
+    return _vectors(kernels, bn, kernels.batch_stats(z) if bn.training else None, _count(z))
 
 
-def _vectors(bn: BatchNorm, batch: tuple[Tensor, Tensor] | None, count: int) -> Tensor:
+def _vectors(
+    kernels: ModuleType, bn: BatchNorm, batch: tuple[Tensor, Tensor] | None, count: int
+) -> Tensor:
     """(5, C): mean, unbiased variance, rstd, scale, shift; `batch` are the batch's statistics."""
     gamma, beta, mean, var, eps, group = bn
-    assert eps is not None
-    if batch is not None:
-        mean, var = batch
-        if group:
-            mean, var, total = _combined_stats(mean, var, count, group)
-            unbiased = var * (total / (total - 1))
-        else:
-            unbiased = var * (count / max(count - 1, 1))
-    else:
-        assert mean is not None
-        assert var is not None
-        unbiased = var
-    rstd = torch.rsqrt(var + eps)
-    scale = rstd if gamma is None else gamma * rstd
-    shift = mean * -scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-    return torch.stack((mean, unbiased, rstd, scale, shift))
+    if batch is None:
+        return kernels.bn_vectors(gamma, beta, mean, var, eps, 1.0)
+    if not group:
+        return kernels.bn_vectors(gamma, beta, *batch, eps, count / max(count - 1, 1))
+    mean, var, total = _combined_stats(*batch, count, group)
+    vectors = kernels.bn_vectors(gamma, beta, mean, var, eps, 1.0)
+    vectors[1].mul_(total / (total - 1))
+    return vectors
 
 
 def _affine(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,6 +226,7 @@ def _affine(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_vectors(
+    kernels: ModuleType,
     sum_g: Tensor | None,
     sum_g_xhat: Tensor | None,
     vectors: Tensor,
@@ -228,25 +234,18 @@ def _gradient_vectors(
     training: bool,
     group: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """a, b, c of dz = a*g + b*z + c; b and c are None (zero) with frozen statistics.
-
-    dz = scale * (g - sum_g / M - xhat * sum_g_xhat / M), with xhat = (z - mean) * rstd.
-    """
-    mean, _, rstd, scale, _ = vectors.unbind()
+    """a, b, c of dz = a*g + b*z + c; b and c are None (zero) with frozen statistics."""
+    scale = vectors[3]
     if not training:
         return scale, None, None
     assert sum_g is not None
     assert sum_g_xhat is not None
     if group:
-        shared = torch.cat([sum_g, sum_g_xhat, mean.new_full((1,), count)])
+        shared = torch.cat([sum_g, sum_g_xhat, sum_g.new_full((1,), count)])
         dist.all_reduce(shared, group=_process_group(group))
-        sum_g, sum_g_xhat, total = shared.split([mean.numel(), mean.numel(), 1])
-        a_over_m = scale / -total
-    else:
-        a_over_m = scale * (-1 / max(count, 1))
-    b = a_over_m * rstd * sum_g_xhat
-    c = torch.addcmul(a_over_m * sum_g, b, mean, value=-1)
-    return scale, b, c
+        sum_g, sum_g_xhat = (shared[:-1] / shared[-1]).chunk(2)
+        count = 1
+    return scale, *kernels.bn_gradient_vectors(sum_g, sum_g_xhat, vectors, max(count, 1))
 
 
 def _relu_passes_everything(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,69 +331,115 @@ def _relu_as(y: Tensor | None, t: Tensor) -> Tensor:
     return F.relu(t) if y is None else torch.where(y <= 0, 0, t)
 
 
-# conv_affine_relu, normalize_relu: without gradients -----------------------------------------
+# conv_bn_relu_eval, bn_relu_eval, conv1x1_bn_relu_eval: without gradients ---------------------
 
 
-def _conv_affine_relu(
+def _conv_bn_relu_eval(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    in_scale: Tensor | None,
-    in_shift: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
     stride: int,
     groups: int,
     dilation: int,
     backend: str,
+    residual: Tensor | None = None,
+    in_gamma: Tensor | None = None,
+    in_beta: Tensor | None = None,
+    in_mean: Tensor | None = None,
+    in_var: Tensor | None = None,
+    in_eps: float | None = None,
 ) -> Tensor:
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, False, backend)
+    in_bn = in_gamma, in_beta, in_mean, in_var, in_eps
     return kernels.conv_affine_relu(
         _nhwc(x),
         _dense(weight),
-        scale,
-        shift,
+        *kernels.bn_affine(gamma, beta, mean, var, eps),
         residual=_maybe_nhwc(residual),
-        prologue=None if in_scale is None else (in_scale, in_shift),
+        prologue=None if in_eps is None else kernels.bn_affine(*in_bn),
         stride=stride,
         groups=groups,
         dilation=dilation,
     )
 
 
-conv_affine_relu = _register(
-    "conv_affine_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
-    "Tensor? in_scale, Tensor? in_shift, int stride, int groups, int dilation, str backend) "
-    "-> Tensor",
-    _conv_affine_relu,
+conv_bn_relu_eval = _register(
+    f"conv_bn_relu_eval(Tensor x, Tensor weight, {_EVAL_BN}, int stride, int groups, int dilation, "
+    f"str backend, Tensor? residual=None, {_schema_of_eval_bn('in_')}) -> Tensor",
+    _conv_bn_relu_eval,
     lambda x, weight, *args: _fake_conv(x, weight.shape[0], args[5]),
 )
 
 
-def _normalize_relu(
+def _bn_relu_eval(
     z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    residual_shift: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
     backend: str,
+    residual: Tensor | None = None,
+    residual_gamma: Tensor | None = None,
+    residual_beta: Tensor | None = None,
+    residual_mean: Tensor | None = None,
+    residual_var: Tensor | None = None,
+    residual_eps: float | None = None,
 ) -> Tensor:
     kernels = _serving_bn(z, False, backend)
+    residual_bn = residual_gamma, residual_beta, residual_mean, residual_var, residual_eps
     return kernels.normalize_relu(
         _nhwc(z),
-        scale,
-        shift,
+        *kernels.bn_affine(gamma, beta, mean, var, eps),
         residual=_maybe_nhwc(residual),
-        residual_affine=None if residual_scale is None else (residual_scale, residual_shift),
+        residual_affine=None if residual_eps is None else kernels.bn_affine(*residual_bn),
     )
 
 
-normalize_relu = _register(
-    "normalize_relu(Tensor z, Tensor scale, Tensor shift, Tensor? residual, "
-    "Tensor? residual_scale, Tensor? residual_shift, str backend) -> Tensor",
-    _normalize_relu,
+bn_relu_eval = _register(
+    f"bn_relu_eval(Tensor z, {_EVAL_BN}, str backend, Tensor? residual=None, "
+    f"{_schema_of_eval_bn('residual_')}) -> Tensor",
+    _bn_relu_eval,
     lambda z, *_: _like_nhwc(z),
+)
+
+
+def _conv1x1_bn_relu_eval(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    backend: str,
+    residual: Tensor | None = None,
+    residual_gamma: Tensor | None = None,
+    residual_beta: Tensor | None = None,
+    residual_mean: Tensor | None = None,
+    residual_var: Tensor | None = None,
+    residual_eps: float | None = None,
+) -> Tensor:
+    kernels = _serving_bn(x, False, backend)
+    residual_bn = residual_gamma, residual_beta, residual_mean, residual_var, residual_eps
+    return kernels.conv1x1_affine_relu(
+        _nhwc(x),
+        _dense(weight),
+        *kernels.bn_affine(gamma, beta, mean, var, eps),
+        residual=_maybe_nhwc(residual),
+        residual_affine=None if residual_eps is None else kernels.bn_affine(*residual_bn),
+    )
+
+
+conv1x1_bn_relu_eval = _register(
+    f"conv1x1_bn_relu_eval(Tensor x, Tensor weight, {_EVAL_BN}, str backend, "
+    f"Tensor? residual=None, {_schema_of_eval_bn('residual_')}) -> Tensor",
+    _conv1x1_bn_relu_eval,
+    lambda x, weight, *_: _fake_conv(x, weight.shape[0], 1),
 )
 
 
@@ -432,7 +477,7 @@ def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
         dilation=dilation,
         stats=bn.training,
     )
-    vectors = _vectors(bn, batch if bn.training else None, _count(z))
+    vectors = _vectors(kernels, bn, batch if bn.training else None, _count(z))
     if pointwise_weight is None:
         y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
     else:
@@ -501,7 +546,7 @@ def _conv_bn_relu_backward(
     if need_affine or (training and need_dz):
         dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
     if need_dz:
-        dz = _gradient_vectors(dbeta, dgamma, vectors, _count(z), training, group)
+        dz = _gradient_vectors(kernels, dbeta, dgamma, vectors, _count(z), training, group)
         dx, dweight = kernels.conv_backward(
             dy,
             x,
@@ -521,7 +566,7 @@ def _conv_bn_relu_backward(
             din_beta, din_gamma = kernels.bn_relu_backward(dx, x, scale, shift, mean, rstd)
         if need_x:
             dz = _gradient_vectors(
-                din_beta, din_gamma, in_vectors, _count(x), in_training, in_group
+                kernels, din_beta, din_gamma, in_vectors, _count(x), in_training, in_group
             )
             dx = kernels.bn_relu_input_gradient(dx, x, scale, shift, *dz, inplace=True)
     return _given(
@@ -713,7 +758,7 @@ def _bn_relu_backward(
     if need_affine or (training and need_z):
         dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
     if need_z:
-        a, b, c = _gradient_vectors(dbeta, dgamma, vectors, count, training, group)
+        a, b, c = _gradient_vectors(kernels, dbeta, dgamma, vectors, count, training, group)
         dz = kernels.bn_relu_input_gradient(dy, z, scale, shift, a, b, c, y=y)
     if residual is not None and residual_vectors is not None and dresidual is not None:
         residual = _nhwc(residual)
@@ -723,6 +768,7 @@ def _bn_relu_backward(
             )
         if need_residual:
             a, b, c = _gradient_vectors(
+                kernels,
                 dresidual_beta,
                 dresidual_gamma,
                 residual_vectors,
@@ -881,7 +927,7 @@ def _bn_relu_max_pool_backward(
     if need_affine or training:
         dbeta, dgamma = kernels.bn_relu_backward(da, z, scale, shift, mean, rstd)
     if need_z:
-        a, b, c = _gradient_vectors(dbeta, dgamma, vectors, _count(z), training, group)
+        a, b, c = _gradient_vectors(kernels, dbeta, dgamma, vectors, _count(z), training, group)
         dz = kernels.bn_relu_input_gradient(da, z, scale, shift, a, b, c, inplace=True)
     return _given(z, dz, *((dgamma, dbeta) if need_affine else (None, None)))
 
@@ -956,35 +1002,6 @@ conv1x1 = _register(
 )
 
 
-def _conv1x1_affine_relu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    residual_shift: Tensor | None,
-    backend: str,
-) -> Tensor:
-    kernels = _serving_bn(x, False, backend)
-    return kernels.conv1x1_affine_relu(
-        _nhwc(x),
-        _dense(weight),
-        scale,
-        shift,
-        residual=_maybe_nhwc(residual),
-        residual_affine=None if residual_scale is None else (residual_scale, residual_shift),
-    )
-
-
-conv1x1_affine_relu = _register(
-    "conv1x1_affine_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
-    "Tensor? residual_scale, Tensor? residual_shift, str backend) -> Tensor",
-    _conv1x1_affine_relu,
-    lambda x, weight, *_: _fake_conv(x, weight.shape[0], 1),
-)
-
-
 def _conv1x1_backward(
     dz: Tensor, x: Tensor, weight: Tensor, stride: int, needs: list[bool], backend: str
 ) -> tuple[Tensor, ...]:
@@ -1040,8 +1057,8 @@ _register_autograd(conv1x1, "Conv1x1", _conv1x1_setup, _conv1x1_autograd)
 # Formulas for torch.utils.flop_counter: convolutions alone count, as with torch's own operators ---
 
 
-@register_flop_formula(torch.ops.resnext_kernels.conv_affine_relu)
-def _conv_affine_relu_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+@register_flop_formula(torch.ops.resnext_kernels.conv_bn_relu_eval)
+def _conv_bn_relu_eval_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return conv_flop_count(x, weight, out_shape)
 
 
@@ -1066,7 +1083,7 @@ def _conv_bn_relu_backward_flops(dy: Any, x: Any, weight: Any, z: Any, *args: An
 
 
 @register_flop_formula(torch.ops.resnext_kernels.conv1x1)
-@register_flop_formula(torch.ops.resnext_kernels.conv1x1_affine_relu)
+@register_flop_formula(torch.ops.resnext_kernels.conv1x1_bn_relu_eval)
 def _conv1x1_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return conv_flop_count(x, weight, out_shape)
 

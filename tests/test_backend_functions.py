@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cases import CASES, FEW, Case, Target, assert_as_exact_as_torch, conv2d, cross, largest
 from torch import Tensor
 
+from resnext_kernels.backends import reference
 from resnext_kernels.problem import weight_format
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -330,6 +331,63 @@ def test_conv_backward(case: Case, target: Target) -> None:
             if need_dweight:
                 assert weight_format(dweight) == weight_format(t.weight)
                 assert_exactly(f"dweight, {name}", dweight, truth[1], target.dtype, peer[1])
+
+
+def vectors_of(target: Target, channels: int) -> tuple[Tensor, ...]:
+    """gamma, beta, mean and var; no two neighbours in memory, as a column of a table."""
+    dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
+    table = torch.randn(channels, 4, dtype=dtype)
+    table[:, 3].square_()
+    return table.to(target.device).unbind(1)
+
+
+@pytest.mark.parametrize("affine", ["gamma beta", "gamma", "beta", ""])
+@pytest.mark.parametrize("channels", [1, 7, 64, 130])
+def test_vectors_of_a_batch_norm(channels: int, affine: str, target: Target) -> None:
+    """bn_affine and bn_vectors; float64 is the truth, the reference's roundings the measure."""
+    target.require(Case(1, channels, 1, 1, groups=channels))
+    gamma, beta, mean, var = vectors_of(target, channels)
+    bn = (gamma if "gamma" in affine else None, beta if "beta" in affine else None, mean, var)
+    exact = [None if t is None else t.double() for t in bn]
+    eps, unbias = 1e-3, 9 / 8
+    names = ("mean", "unbiased variance", "rstd", "scale", "shift")
+    of = target.module, reference
+    found, peer = (torch.stack(f.bn_affine(*bn, eps)) for f in of)
+    truth = torch.stack(reference.bn_affine(*exact, eps))
+    for name, rows in zip(names[3:], zip(found, truth, peer, strict=True), strict=True):
+        floor = torch.finfo(found.dtype).eps * largest(rows[1])
+        assert_as_exact_as_torch(name, *rows, floor)
+    found, peer = (f.bn_vectors(*bn, eps, unbias) for f in of)
+    assert found.is_contiguous()
+    truth = reference.bn_vectors(*exact, eps, unbias)
+    for name, rows in zip(names, zip(found, truth, peer, strict=True), strict=True):
+        floor = torch.finfo(found.dtype).eps * largest(rows[1])
+        assert_as_exact_as_torch(name, *rows, floor)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 64, 130])
+def test_bn_gradient_vectors(channels: int, target: Target) -> None:
+    target.require(Case(1, channels, 1, 1, groups=channels))
+    gamma, beta, mean, var = vectors_of(target, channels)
+    vectors = reference.bn_vectors(gamma, beta, mean, var, 1e-3, 1.0)
+    sums = 100 * torch.randn(2, channels, dtype=vectors.dtype).to(target.device)
+    found, peer = (f.bn_gradient_vectors(*sums, vectors, 98) for f in (target.module, reference))
+    truth = reference.bn_gradient_vectors(*sums.double(), vectors.double(), 98)
+    for name, *rows in zip("bc", found, truth, peer, strict=True):
+        assert_as_exact_as_torch(name, *rows, torch.finfo(vectors.dtype).eps * largest(rows[1]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_odd_values_in_the_vectors_of_a_batch_norm(value: float, target: Target) -> None:
+    """NaN and Inf give what the reference gives, in their own channel alone."""
+    channels = 20
+    target.require(Case(1, channels, 1, 1, groups=channels))
+    bn = [t.contiguous() for t in vectors_of(target, channels)]
+    for i, vector in enumerate(bn):
+        vector[3 + 4 * i] = value
+    bn[3][0] = -1.0  # no variance: the square root of a negative number is NaN
+    found, peer = (f.bn_vectors(*bn, 1e-3, 1.0) for f in (target.module, reference))
+    torch.testing.assert_close(found, peer, equal_nan=True)
 
 
 @each_case

@@ -164,7 +164,10 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in backends.NAMES:
         module = Target(name, torch.float32).module
-        for function in ("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats"):
+        for function in (
+            *("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats"),
+            *("bn_affine", "bn_vectors"),
+        ):
             monkeypatch.setattr(module, function, unreachable)
 
 

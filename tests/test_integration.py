@@ -121,17 +121,22 @@ def operator_calls() -> dict[str, tuple]:
     x, weight = images(2, c, 5, 6), torch.randn(k, c // groups, 3, 3, requires_grad=True)
     z, residual = images(2, k, 5, 6), images(2, k, 5, 6)
     pointwise = torch.randn(8, k, 1, 1, requires_grad=True)
+    wide, square = images(2, 32, 5, 6), torch.randn(k, 32, 1, 1, requires_grad=True)
     none = (None, None, None, None, None, "")  # no BatchNorm
     conv, strided = (1, groups, 1, ""), (2, groups, 2, "")
     pool = ([3, 3], [2, 2], [1, 1], [1, 1], False, "")
-    plain = x.detach(), weight.detach(), vector(k), vector(k)
-    normal = z.detach(), vector(k), vector(k)
+    running = (*(vector(k) for _ in range(4)), 1e-5)
+    in_running = (*(vector(c) for _ in range(4)), 1e-5)
+    no_affine = (None, None, *running[2:])
+    plain, normal = (x.detach(), weight.detach()), z.detach()
     bn, frozen = batch_norm(k), batch_norm(k, frozen=True)
     return {
-        "conv_affine_relu": (*plain, None, None, None, *conv),
-        "conv_affine_relu full": (*plain, residual.detach(), vector(c), vector(c), *conv),
-        "normalize_relu": (*normal, None, None, None, ""),
-        "normalize_relu full": (*normal, residual.detach(), vector(k), vector(k), ""),
+        "conv_bn_relu_eval": (*plain, *no_affine, *conv),
+        "conv_bn_relu_eval residual": (*plain, *running, *conv, residual.detach()),
+        "conv_bn_relu_eval full": (*plain, *running, *conv, residual.detach(), *in_running),
+        "bn_relu_eval": (normal, *no_affine, ""),
+        "bn_relu_eval residual": (normal, *running, "", residual.detach()),
+        "bn_relu_eval full": (normal, *running, "", residual.detach(), *running),
         "conv_bn_relu": (x, weight, *bn, None, *none, None, *conv),
         "conv_bn_relu no affine": (
             *(x, weight, *batch_norm(k, affine=False), None, *none, None, *conv),
@@ -143,6 +148,13 @@ def operator_calls() -> dict[str, tuple]:
         "bn_relu full": (z, *bn, residual, *frozen, ""),
         "bn_relu_max_pool": (z, *bn, *pool),
         "bn_relu_max_pool frozen": (z, *frozen, *pool),
+        "conv1x1": (wide, square, 1, ""),
+        "conv1x1 stride": (wide, square, 2, ""),
+        "conv1x1 narrow": (z, pointwise, 1, ""),
+        "conv1x1_bn_relu_eval": (wide.detach(), square.detach(), *running, ""),
+        "conv1x1_bn_relu_eval full": (
+            *(wide.detach(), square.detach(), *running, "", residual.detach(), *running),
+        ),
     }
 
 

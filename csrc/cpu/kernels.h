@@ -31,6 +31,15 @@ struct ReluBNGradient {
   const float* c = nullptr;
 };
 
+// Per channel: gamma * (v - mean) / sqrt(var + eps) + beta; 1 and 0 when gamma and beta are null.
+struct BatchNorm {
+  const float* gamma = nullptr;
+  const float* beta = nullptr;
+  const float* mean = nullptr;
+  const float* var = nullptr;
+  float eps = 0;
+};
+
 // A result must not overlap an input, except where it is said.
 struct Kernels {
   const char* isa;
@@ -71,6 +80,17 @@ struct Kernels {
   // dz = a * g + b * z + c; dz may be dy
   void (*bn_relu_input_gradient)(DType, int64_t M, int64_t C, const ReluBNGradient& gradient, void* dz,
                                  int num_threads);
+
+  // On vectors of C channels alone.
+  // scale = gamma * rstd and shift = beta - mean * scale, rstd = 1 / sqrt(var + eps)
+  void (*bn_affine)(int64_t C, const BatchNorm& bn, float* scale, float* shift);
+
+  // vectors, (5, C): mean, unbias * var, rstd, scale, shift
+  void (*bn_vectors)(int64_t C, const BatchNorm& bn, float unbias, float* vectors);
+
+  // b and c of dz = scale * g + b * z + c from the sums over `count` values and the (5, C) of bn_vectors
+  void (*bn_gradient_vectors)(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
+                              float* b, float* c);
 
   // Multiply-adds on registers, to measure the peak of the machine; returns the floating-point operations made.
   int64_t (*multiply_adds)(int64_t rounds, int num_threads);

@@ -100,6 +100,9 @@ const Kernels& RK_JOIN(kernels_, RK_ISA)() {
       normalize_relu_any,
       bn_relu_backward_any,
       bn_relu_input_gradient_any,
+      bn_affine,
+      bn_vectors,
+      bn_gradient_vectors,
       multiply_adds,
   };
   return table;

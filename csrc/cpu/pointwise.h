@@ -270,4 +270,41 @@ void bn_relu_input_gradient(int64_t M, int64_t C, const ReluBNGradient& gradient
   });
 }
 
+// ---- per-channel vectors
+inline float scale_of(const BatchNorm& bn, int64_t c) {
+  const float rstd = 1 / __builtin_sqrtf(bn.var[c] + bn.eps);
+  return bn.gamma ? bn.gamma[c] * rstd : rstd;
+}
+inline float shift_of(const BatchNorm& bn, int64_t c, float scale) {
+  return (bn.beta ? bn.beta[c] : 0) - bn.mean[c] * scale;
+}
+
+inline void bn_affine(int64_t C, const BatchNorm& bn, float* scale, float* shift) {
+  for (int64_t c = 0; c < C; ++c) {
+    scale[c] = scale_of(bn, c);
+    shift[c] = shift_of(bn, c, scale[c]);
+  }
+}
+
+inline void bn_vectors(int64_t C, const BatchNorm& bn, float unbias, float* vectors) {
+  float *mean = vectors, *var = mean + C, *rstd = var + C, *scale = rstd + C, *shift = scale + C;
+  for (int64_t c = 0; c < C; ++c) {
+    mean[c] = bn.mean[c];
+    var[c] = unbias * bn.var[c];
+    rstd[c] = 1 / __builtin_sqrtf(bn.var[c] + bn.eps);
+  }
+  bn_affine(C, bn, scale, shift);
+}
+
+// dz = scale * (g - sum_g / M - xhat * sum_g_xhat / M)
+inline void bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors,
+                                float count, float* b, float* c) {
+  const float *mean = vectors, *rstd = mean + 2 * C, *scale = mean + 3 * C;
+  for (int64_t i = 0; i < C; ++i) {
+    const float of_mean = -scale[i] / count;
+    b[i] = of_mean * rstd[i] * sum_g_xhat[i];
+    c[i] = of_mean * sum_g[i] - b[i] * mean[i];
+  }
+}
+
 }  // namespace resnext_kernels::cpu::RK_ISA

@@ -787,6 +787,59 @@ vector<ConvProblem> problems() {
   return list;
 }
 
+// What is made of vectors alone, with gamma and beta and without.
+void test_vectors(int64_t C) {
+  generator.seed(static_cast<unsigned>(passed));
+  const vector<double> gamma = uniform(DType::f32, C), beta = uniform(DType::f32, C), mean = uniform(DType::f32, C),
+                       sum_g = uniform(DType::f32, C), sum_g_xhat = uniform(DType::f32, C);
+  vector<double> var = uniform(DType::f32, C);
+  for (double& value : var) value = std::abs(value);
+  const float eps = 1e-3f, unbias = 1.125f, count = 98;
+  Tensor gamma_tensor(DType::f32, gamma), beta_tensor(DType::f32, beta), mean_tensor(DType::f32, mean),
+      var_tensor(DType::f32, var), sum_g_tensor(DType::f32, sum_g), sum_g_xhat_tensor(DType::f32, sum_g_xhat);
+  Tensor scale(DType::f32, C), shift(DType::f32, C), vectors(DType::f32, 5 * C), b(DType::f32, C), c(DType::f32, C);
+
+  for (const bool affine : {true, false}) {
+    const cpu::BatchNorm bn{affine ? gamma_tensor.floats() : nullptr, affine ? beta_tensor.floats() : nullptr,
+                            mean_tensor.floats(), var_tensor.floats(), eps};
+    Expected expected(5 * C), expected_scale(C), expected_shift(C), expected_b(C), expected_c(C);
+    // error: in roundings of the terms, besides the last one; sqrt halves the one of its argument
+    const auto expect = [](Expected& to, int64_t i, double value, double error) {
+      to.value[i] = value;
+      to.bound[i] = error * format(DType::f32).unit();
+    };
+    for (int64_t i = 0; i < C; ++i) {
+      const double rstd = 1 / std::sqrt(var[i] + (double)eps), scale_i = affine ? gamma[i] * rstd : rstd;
+      const double by_mean = mean[i] * scale_i, of_sum = -scale_i / count * sum_g[i];
+      const double b_i = -scale_i / count * rstd * sum_g_xhat[i];
+      expect(expected_scale, i, scale_i, 2.5 * std::fabs(scale_i));
+      expect(expected_shift, i, (affine ? beta[i] : 0) - by_mean, 4.5 * std::fabs(by_mean));
+      expect(expected, i, mean[i], 0);
+      expect(expected, C + i, unbias * var[i], 0);
+      expect(expected, 2 * C + i, rstd, 1.5 * rstd);
+      expect(expected, 3 * C + i, scale_i, 2.5 * std::fabs(scale_i));
+      expect(expected, 4 * C + i, expected_shift.value[i], 4.5 * std::fabs(by_mean));
+      expect(expected_b, i, b_i, 8 * std::fabs(b_i));
+      expect(expected_c, i, of_sum - b_i * mean[i], 5.5 * std::fabs(of_sum) + 10 * std::fabs(b_i * mean[i]));
+    }
+    for (auto table = cpu::supported_kernels(); *table != nullptr; ++table) {
+      const std::string name = "vectors c" + std::to_string(C) + (affine ? " affine " : " ") + (*table)->isa;
+      for (Tensor* t : {&scale, &shift, &vectors, &b, &c}) t->poison();
+      (*table)->bn_affine(C, bn, scale.floats(), shift.floats());
+      check(name + " scale", scale, expected_scale);
+      check(name + " shift", shift, expected_shift);
+      (*table)->bn_vectors(C, bn, unbias, vectors.floats());
+      check(name, vectors, expected);
+      (*table)->bn_gradient_vectors(C, sum_g_tensor.floats(), sum_g_xhat_tensor.floats(), vectors.floats(), count,
+                                    b.floats(), c.floats());
+      check(name + " b", b, expected_b);
+      check(name + " c", c, expected_c);
+      check_intact(name, {&gamma_tensor, &beta_tensor, &mean_tensor, &var_tensor, &sum_g_tensor, &sum_g_xhat_tensor,
+                          &scale, &shift, &vectors, &b, &c});
+    }
+  }
+}
+
 // Every thread makes the same number of operations.
 void test_multiply_adds() {
   for (auto table = cpu::supported_kernels(); *table != nullptr; ++table) {
@@ -819,6 +872,7 @@ int main(int argc, char** argv) {
     test_matrix(dtype, 1000, 17, 1000);
     test_matrix(dtype, 301, 64, -64);
   }
+  for (const int64_t c : {1, 3, 16, 17, 130}) test_vectors(c);
   test_repeatable();
   test_multiply_adds();
   std::printf("%d passed, %d failed\n", passed, failed);

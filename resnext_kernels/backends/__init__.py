@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -127,6 +126,18 @@ def select(problem: ConvProblem, backend: str | None = None) -> ModuleType:
 
 
 @lru_cache(maxsize=4096)
-def _select(name: str | None, *problem: Any) -> ModuleType:
-    """`select(ConvProblem(*problem), name)`, remembered: what each call of an operator asks."""
-    return select(ConvProblem(*problem), name)
+def _select(
+    name: str | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    k: int,
+    groups: int,
+    stride: int,
+    dilation: int,
+    training: bool,
+) -> ModuleType:
+    """`select` for such an x, remembered: what each call of an operator asks."""
+    n, c, h, w = shape
+    problem = ConvProblem(n, h, w, c, k, groups, stride, dilation, dtype, device.type, training)
+    return select(problem, name)

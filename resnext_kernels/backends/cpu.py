@@ -44,17 +44,20 @@ def why_not(problem: ConvProblem) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _problem(
-    shape: tuple[int, int, int, int],
+    shape: torch.Size,
     k: int,
     groups: int,
     stride: int,
     dilation: int,
     dtype: torch.dtype,
     weight_channels_last: bool,
-) -> _C.ConvProblem:
+) -> tuple[_C.ConvProblem, tuple[int, ...], tuple[int, ...]]:
+    """The compiled library's problem, and shape and strides of the convolution's output."""
     n, c, h, w = shape
     code = _DTYPE_CODES[dtype]
-    return _C.ConvProblem(n, h, w, c, k, groups, stride, dilation, code, weight_channels_last)
+    problem = _C.ConvProblem(n, h, w, c, k, groups, stride, dilation, code, weight_channels_last)
+    out_h, out_w = (h - 1) // stride + 1, (w - 1) // stride + 1
+    return problem, (n, k, out_h, out_w), (out_h * out_w * k, 1, out_w * k, k)
 
 
 def _ptr(t: Tensor | None) -> int:
@@ -65,14 +68,8 @@ def _ptrs(affine: Affine | None) -> tuple[int, int]:
     return (0, 0) if affine is None else (affine[0].data_ptr(), affine[1].data_ptr())
 
 
-def _vector(z: Tensor, length: int) -> Tensor:
-    return torch.empty(length, dtype=torch.float32, device=z.device)
-
-
-def _out(x: Tensor, k: int, stride: int) -> Tensor:
-    n, _, h, w = x.shape
-    shape = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+def _vector(length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.float32)
 
 
 def _m_and_c(z: Tensor) -> tuple[int, int]:
@@ -88,12 +85,8 @@ _FORWARD_LIMIT = 256 * 256
 _BACKWARD_LIMIT = 128 * 128
 
 
-def _is_dense(
-    x: Tensor, weight: Tensor, groups: int, stride: int, dilation: int, limit: int
-) -> bool:
-    """Whether this is a convolution for oneDNN."""
-    if groups != 1:
-        return False
+def _is_dense(x: Tensor, weight: Tensor, stride: int, dilation: int, limit: int) -> bool:
+    """Whether this convolution of one group is one for oneDNN."""
     fewer_multiplications = (
         stride == 1 and dilation == 1 and x.shape[3] >= 4 and _C.cpu_isa() == "avx512"
     )
@@ -157,13 +150,17 @@ def conv_affine_relu(
 ) -> Tensor:
     """y = relu(scale * conv(x) + shift [+ residual])."""
     k = weight.shape[0]
-    if _is_dense(x, weight, groups, stride, dilation, _FORWARD_LIMIT):
+    if groups == 1 and _is_dense(x, weight, stride, dilation, _FORWARD_LIMIT):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         _normalize_relu(z, scale, shift, residual, None, z)
         return z
-    y = _out(x, k, stride)
+    dtype = x.dtype
+    problem, shape, strides = _problem(
+        x.shape, k, groups, stride, dilation, dtype, not weight.is_contiguous()
+    )
+    y = torch.empty_strided(shape, strides, dtype=dtype)
     _C.conv_affine_relu(
-        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype, not weight.is_contiguous()),
+        problem,
         x.data_ptr(),
         weight.data_ptr(),
         scale.data_ptr(),
@@ -188,13 +185,17 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(x), and the mean and biased variance of its channels if `stats`."""
     k = weight.shape[0]
-    if _is_dense(x, weight, groups, stride, dilation, _FORWARD_LIMIT):
+    if groups == 1 and _is_dense(x, weight, stride, dilation, _FORWARD_LIMIT):
         z = _dense_conv(x, weight, prologue, stride, dilation)
-        return (z, *batch_stats(z)) if stats else (z, _vector(z, 0), _vector(z, 0))
-    z = _out(x, k, stride)
-    mean, var = _vector(z, k * stats), _vector(z, k * stats)
+        return (z, *batch_stats(z)) if stats else (z, _vector(0), _vector(0))
+    dtype = x.dtype
+    problem, shape, strides = _problem(
+        x.shape, k, groups, stride, dilation, dtype, not weight.is_contiguous()
+    )
+    z = torch.empty_strided(shape, strides, dtype=dtype)
+    mean, var = _vector(k * stats), _vector(k * stats)
     _C.conv_stats(
-        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype, not weight.is_contiguous()),
+        problem,
         x.data_ptr(),
         weight.data_ptr(),
         *_ptrs(prologue),
@@ -231,8 +232,9 @@ def _conv1x1(
     affine: Affine | None,
     residual: Tensor | None,
 ) -> Tensor:
+    n, _, h, w = x.shape
     k = weight.shape[0]
-    y = _out(x, k, 1)
+    y = torch.empty((n, k, h, w), dtype=x.dtype, memory_format=torch.channels_last)
     _C.conv1x1(
         *_m_and_c(x),
         k,
@@ -321,7 +323,7 @@ def conv1x1_backward(
 def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over N, H and W."""
     m, c = _m_and_c(z)
-    mean, var = _vector(z, c), _vector(z, c)
+    mean, var = _vector(c), _vector(c)
     _C.batch_stats(
         _DTYPE_CODES[z.dtype],
         m,
@@ -383,7 +385,7 @@ def bn_relu_backward(
 ) -> tuple[Tensor, Tensor]:
     """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
     m, c = _m_and_c(z)
-    sum_g, sum_g_xhat = _vector(z, c), _vector(z, c)
+    sum_g, sum_g_xhat = _vector(c), _vector(c)
     _C.bn_relu_backward(
         _DTYPE_CODES[z.dtype],
         m,
@@ -450,7 +452,7 @@ def conv_backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
-    if _is_dense(x, weight, groups, stride, dilation, _BACKWARD_LIMIT):
+    if groups == 1 and _is_dense(x, weight, stride, dilation, _BACKWARD_LIMIT):
         dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
         return _dense_conv_backward(
             dz, x, weight, prologue, stride, dilation, need_dx, need_dweight
@@ -458,16 +460,11 @@ def conv_backward(
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
     dweight = torch.empty_like(weight) if need_dweight else None
     z, scale, shift, a, b, c = bn or (None,) * 6
+    problem, _, _ = _problem(
+        x.shape, weight.shape[0], groups, stride, dilation, x.dtype, not weight.is_contiguous()
+    )
     _C.conv_backward(
-        _problem(
-            tuple(x.shape),
-            weight.shape[0],
-            groups,
-            stride,
-            dilation,
-            x.dtype,
-            not weight.is_contiguous(),
-        ),
+        problem,
         dy.data_ptr(),
         _ptr(z),
         _ptr(scale),
@@ -484,3 +481,70 @@ def conv_backward(
         torch.get_num_threads(),
     )
     return dx, dweight
+
+
+def _dense_bn(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    return (
+        None if gamma is None else gamma.contiguous(),
+        None if beta is None else beta.contiguous(),
+        mean.contiguous(),
+        var.contiguous(),
+    )
+
+
+def bn_affine(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Affine:
+    """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
+    gamma, beta, mean, var = _dense_bn(gamma, beta, mean, var)
+    scale, shift = torch.empty_like(mean), torch.empty_like(mean)
+    _C.bn_affine(
+        mean.shape[0],
+        _ptr(gamma),
+        _ptr(beta),
+        mean.data_ptr(),
+        var.data_ptr(),
+        eps,
+        scale.data_ptr(),
+        shift.data_ptr(),
+    )
+    return scale, shift
+
+
+def bn_vectors(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
+) -> Tensor:
+    """(5, C): mean, unbias * var, rstd, scale, shift."""
+    gamma, beta, mean, var = _dense_bn(gamma, beta, mean, var)
+    channels = mean.shape[0]
+    vectors = torch.empty((5, channels), dtype=torch.float32)
+    _C.bn_vectors(
+        channels,
+        _ptr(gamma),
+        _ptr(beta),
+        mean.data_ptr(),
+        var.data_ptr(),
+        eps,
+        unbias,
+        vectors.data_ptr(),
+    )
+    return vectors
+
+
+def bn_gradient_vectors(
+    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """b and c of dz = scale*g + b*z + c."""
+    b, c = torch.empty_like(sum_g), torch.empty_like(sum_g)
+    _C.bn_gradient_vectors(
+        sum_g.shape[0],
+        sum_g.data_ptr(),
+        sum_g_xhat.data_ptr(),
+        vectors.data_ptr(),
+        count,
+        b.data_ptr(),
+        c.data_ptr(),
+    )
+    return b, c

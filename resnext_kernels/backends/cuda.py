@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
-from .reference import conv1x1, conv1x1_backward  # noqa: F401
+from .reference import (  # noqa: F401
+    bn_affine,
+    bn_gradient_vectors,
+    bn_vectors,
+    conv1x1,
+    conv1x1_backward,
+)
 
 try:
     from .. import _C

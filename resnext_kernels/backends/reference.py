@@ -241,3 +241,43 @@ def conv_backward(
         _nhwc(dx) if need_dx else None,
         in_format_of(weight, dweight) if need_dweight else None,
     )
+
+
+# Per-channel vectors ---------------------------------------------------------------------------
+
+
+def bn_affine(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Affine:
+    """scale = gamma / sqrt(var + eps), shift = beta - mean * scale; None stands for 1 and 0."""
+    return _scale_and_shift(gamma, beta, mean, torch.rsqrt(var + eps))
+
+
+def _scale_and_shift(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Affine:
+    scale = rstd if gamma is None else gamma * rstd
+    shift = mean * -scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    return scale, shift
+
+
+def bn_vectors(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
+) -> Tensor:
+    """(5, C): mean, unbias * var, rstd = 1 / sqrt(var + eps), scale and shift of `bn_affine`."""
+    rstd = torch.rsqrt(var + eps)
+    scale, shift = _scale_and_shift(gamma, beta, mean, rstd)
+    return torch.stack((mean, unbias * var, rstd, scale, shift))
+
+
+def bn_gradient_vectors(
+    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """b and c of dz = scale*g + b*z + c, from sums over `count` values and bn_vectors' result.
+
+    dz = scale * (g - sum_g / count - xhat * sum_g_xhat / count), with xhat = (z - mean) * rstd.
+    """
+    mean, _, rstd, scale, _ = vectors.unbind()
+    of_mean = scale * (-1 / count)
+    b = of_mean * rstd * sum_g_xhat
+    return b, torch.addcmul(of_mean * sum_g, b, mean, value=-1)

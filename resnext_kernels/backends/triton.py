@@ -51,7 +51,13 @@ from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
 from . import reference
-from .reference import conv1x1, conv1x1_backward  # noqa: F401
+from .reference import (  # noqa: F401
+    bn_affine,
+    bn_gradient_vectors,
+    bn_vectors,
+    conv1x1,
+    conv1x1_backward,
+)
 
 try:
     import triton
