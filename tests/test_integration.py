@@ -143,6 +143,15 @@ def operator_calls() -> dict[str, tuple]:
         "bn_relu full": (z, *bn, residual, *frozen, ""),
         "bn_relu_max_pool": (z, *bn, *pool),
         "bn_relu_max_pool frozen": (z, *frozen, *pool),
+        "conv1x1": (z, pointwise, 1, ""),
+        "conv1x1 strided": (z, pointwise, 2, ""),
+        "conv1x1_affine_relu": (
+            *(z.detach(), pointwise.detach(), vector(8), vector(8), None, None, None, ""),
+        ),
+        "conv1x1_affine_relu full": (
+            *(z.detach(), pointwise.detach(), vector(8), vector(8)),
+            *(images(2, 8, 5, 6).detach(), vector(8), vector(8), ""),
+        ),
     }
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import assert_as_exact_as_torch, floor, largest, rms
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -380,6 +381,19 @@ def test_hooks_on_inner_modules_do_not_pass_unseen() -> None:
         handle = block.get_submodule(name).register_forward_hook(lambda *_: None)
         torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
         handle.remove()
+
+
+@pytest.mark.parametrize("name", ["conv1", "downsample.0"])
+def test_hooks_that_compute_a_weight_are_called(name: str) -> None:
+    """Pruning and the older weight norm set `weight` in a hook before the layer is called."""
+    x = images(64)
+    ours, theirs = (make(cls, "stride2").eval() for cls in (FusedGroupedBottleneck, Bottleneck))
+    theirs.load_state_dict(ours.state_dict())
+    for block in (ours, theirs):
+        prune.l1_unstructured(block.get_submodule(name), "weight", 0.5)
+        with torch.no_grad():
+            block.get_parameter(f"{name}.weight_orig").mul_(3)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
 def test_to_channels_last_and_back() -> None:
