@@ -19,10 +19,13 @@ from types import ModuleType
 
 import pytest
 import test_backend_functions as contract
+import test_op
 import torch
-from cases import CASES, FEW, Case, Target
+from cases import CASES, FEW, Case, Target, conv2d
+from torch import Tensor
 
 from bench import emulator, modelled_cuda
+from resnext_kernels import backends
 from resnext_kernels.backends import cuda
 from resnext_kernels.problem import ConvProblem
 
@@ -35,6 +38,14 @@ WIDE = [
     Case(3, 72, 5, 70, groups=18, stride=2),
     Case(9, 96, 5, 7, groups=24),
     Case(5, 112, 4, 9, groups=8, stride=2),
+]
+
+
+# Groups that share a product of the tensor cores, and those that do not.
+ODD = [
+    Case(2, 32, 5, 4, groups=8),
+    Case(1, 56, 5, 6, groups=4, stride=2),
+    Case(1, 32, 3, 3, groups=2),
 ]
 
 
@@ -73,6 +84,15 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
     with emulation.active():
         yield Emulated("cuda", dtype)
     assert emulation.launched, "no kernel ran"
+
+
+@pytest.fixture
+def selectable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The operators take the CUDA backend for tensors on the CPU."""
+    backends._select.cache_clear()
+    monkeypatch.setattr(cuda, "why_not", cuda._why_not_served)
+    yield
+    backends._select.cache_clear()
 
 
 def each(cases: list[Case], *on: tuple[torch.dtype, str]) -> Callable:
@@ -134,6 +154,59 @@ class TestEmulated:
     def test_statistics_of_odd_maps(self, case: Case, emulated: Emulated) -> None:
         contract.test_statistics_with_one_hot_pixel(300, emulated)
         contract.test_statistics_of_many_images(emulated)
+
+    @each(ODD, (F16, "A100"))
+    def test_odd_values_stay_in_their_group(self, case: Case, emulated: Emulated) -> None:
+        for value in (float("nan"), float("inf")):
+            contract.test_odd_values_stay_in_their_group(case, value, emulated)
+
+    @each(ODD, (BF16, "single"))
+    def test_odd_values_at_the_border(self, case: Case, emulated: Emulated) -> None:
+        """Padding is no zero to multiply with: taps that lie outside the image are left out."""
+        t = contract.Exact(case, emulated)
+        t.x[0, 5, 0, 0] = t.dy[0, 2, -1, -1] = t.weight[9, 1, 0, 2] = float("inf")
+        odd_x, odd_weight, odd_dy = ((~v.isfinite()).double() for v in (t.x, t.weight, t.dy))
+        some_x, some_weight, some_dy = map(torch.ones_like, (odd_x, odd_weight, odd_dy))
+
+        def z_of(x: Tensor, weight: Tensor) -> Tensor:
+            return conv2d(x, weight, **case.conv)
+
+        def gradient(leaf: Tensor, z_of_leaf: Callable[[Tensor], Tensor], dy: Tensor) -> Tensor:
+            leaf.requires_grad_()
+            return torch.autograd.grad(z_of_leaf(leaf), leaf, dy)[0]
+
+        z, mean, var = cuda.conv_stats(t.x, t.weight, prologue=None, **case.conv)
+        reached = z_of(odd_x, some_weight) + z_of(some_x, odd_weight) > 0
+        assert torch.equal(z.isfinite(), ~reached)
+        for statistic in (mean, var):
+            assert torch.equal(statistic.isfinite(), ~reached.any((0, 2, 3)))
+        dx, dweight = cuda.conv_backward(t.dy, t.x, t.weight, prologue=None, **case.conv)
+        reached = gradient(some_x.clone(), lambda x: z_of(x, some_weight), odd_dy)
+        reached += gradient(some_x.clone(), lambda x: z_of(x, odd_weight), some_dy)
+        assert torch.equal(dx.isfinite(), reached == 0)
+        reached = gradient(some_weight.clone(), lambda w: z_of(some_x, w), odd_dy)
+        reached += gradient(some_weight.clone(), lambda w: z_of(odd_x, w), some_dy)
+        assert torch.equal(dweight.isfinite(), reached == 0)
+
+    @each(ODD[:1], (F16, "A100"))
+    @pytest.mark.parametrize(
+        ("where", "value", "mode"),
+        [("x", "nan", "train"), ("x", "inf", "eval"), ("weight", "inf", "train")],
+    )
+    def test_nan_and_inf_propagate(
+        self, case: Case, where: str, value: str, mode: str, emulated: Emulated, selectable: None
+    ) -> None:
+        test_op.test_nan_and_inf_propagate(case, where, float(value), mode, emulated)
+
+    @pytest.mark.emulated
+    @each([case for case in FEW if served(case)], (F16, "A100"))
+    @pytest.mark.parametrize("value", ["nan", "inf"])
+    @pytest.mark.parametrize("mode", ["eval", "train"])
+    @pytest.mark.parametrize("where", ["x", "weight", "residual"])
+    def test_nan_and_inf_propagate_in_every_case(
+        self, case: Case, where: str, value: str, mode: str, emulated: Emulated, selectable: None
+    ) -> None:
+        test_op.test_nan_and_inf_propagate(case, where, float(value), mode, emulated)
 
     def test_the_emulator_sees_an_access_out_of_bounds(self) -> None:
         """One row of the image less than the plan was told."""

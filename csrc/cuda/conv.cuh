@@ -525,10 +525,14 @@ struct Conv {
     }
   }
 
-  __device__ __forceinline__ void store_output(uint32_t out, int walked, int step) const {
+  // `odd` is no longer zero once a NaN or an infinity was stored.
+  __device__ __forceinline__ void store_output(uint32_t out, int walked, int step, uint32_t& odd) const {
     char* start = static_cast<char*>(p.out) + output_start(walked, step);
     each_output(walked, step, [&](int r, uint32_t offset, int32_t at, bool valid) {
-      if (valid) *reinterpret_cast<uint4*>(start + r * p.out_row + at * int64_t{16}) = load_shared(out + offset);
+      if (!valid) return;
+      const uint4 v = load_shared(out + offset);
+      *reinterpret_cast<uint4*>(start + r * p.out_row + at * int64_t{16}) = v;
+      odd = times_zero_plus<T>(v.x, times_zero_plus<T>(v.y, times_zero_plus<T>(v.z, times_zero_plus<T>(v.w, odd))));
     });
   }
 
@@ -640,17 +644,140 @@ struct Conv {
       for (int i = (pieces ? thread % 8 : thread) * 8; i < length; i += step) {
         const uint32_t from = ring + (r * pitch + i) * 4;
         const uint4 lo = load_shared(from), hi = load_shared(from + 16);
+        float v[8] = {__uint_as_float(lo.x), __uint_as_float(lo.y), __uint_as_float(lo.z), __uint_as_float(lo.w),
+                      __uint_as_float(hi.x), __uint_as_float(hi.y), __uint_as_float(hi.z), __uint_as_float(hi.w)};
+        bool odd = false;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) odd |= isnan(v[e]);
+        if (odd) {
+#pragma unroll 1
+          for (int e = 0; e < 8; ++e) {
+            const int at = r * row + i + e;
+            const float exact = exact_dweight(channel0 + first_row + at / row, at % row / 9, at % 9);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) v[k] = k == e ? exact : v[k];
+          }
+        }
         if (p.dweight) {
-          const float v[8] = {__uint_as_float(lo.x), __uint_as_float(lo.y), __uint_as_float(lo.z),
-                              __uint_as_float(lo.w), __uint_as_float(hi.x), __uint_as_float(hi.y),
-                              __uint_as_float(hi.z), __uint_as_float(hi.w)};
           *reinterpret_cast<uint4*>(result + r * row + i) = pack<T>(v);
         } else {
-          reinterpret_cast<uint4*>(partial + r * row + i)[0] = lo;
-          reinterpret_cast<uint4*>(partial + r * row + i)[1] = hi;
+          reinterpret_cast<float4*>(partial + r * row + i)[0] = make_float4(v[0], v[1], v[2], v[3]);
+          reinterpret_cast<float4*>(partial + r * row + i)[1] = make_float4(v[4], v[5], v[6], v[7]);
         }
       }
     }
+  }
+
+  // ---- NaN and infinities --------------------------------------------------------------------------------------
+
+  // Zero times an infinity is NaN: what one group has reaches all groups of a product, and what lies at the image's
+  // border the sums over padding. So what came out as NaN is summed again, over its own group and inside the image.
+
+  static __device__ __forceinline__ float element(const void* tensor, int64_t bytes) {
+    return static_cast<float>(*reinterpret_cast<const T*>(static_cast<const char*>(tensor) + bytes));
+  }
+  static __device__ __forceinline__ float rounded(float v) { return static_cast<float>(static_cast<T>(v)); }
+  __device__ __forceinline__ int64_t output_at(int n, int row, int column, int channel) const {
+    return n * p.out_image + row * p.out_row + (column * int64_t{p.C} + channel) * 2;
+  }
+  // What the convolution reads, as it lies in shared memory.
+  __device__ __forceinline__ float exact_input(int n, int row, int column, int channel) const {
+    const int64_t at = n * p.in_image + row * p.in_row + (column * int64_t{p.C} + channel) * 2;
+    const float v = element(p.in, at);
+    if constexpr (kForward) {
+      return p.in_scale ? rounded(relu(p.in_scale[channel] * v + p.in_shift[channel])) : v;
+    } else {
+      if (!p.in_z) return v;
+      const float z = element(p.in_z, at);
+      const float y = p.in_y ? element(p.in_y, at) : p.in_scale[channel] * z + p.in_shift[channel];
+      const float g = p.a[channel] * (y <= 0.f ? 0.f : v);
+      return rounded(p.b ? g + p.b[channel] * z + p.c[channel] : g);
+    }
+  }
+  // Row (or column) of the input that a tap connects to one of the output; outside the image where there is none.
+  static __device__ __forceinline__ int connected(int out, int tap) {
+    if (kForward) return out * kInStride + tap - 1;
+    const int in = out + 1 - tap;
+    return G == Geometry::t2 ? (in & 1 ? -1 : in / 2) : in;
+  }
+  __device__ __forceinline__ bool inside(int row, int column) const {
+    return row >= 0 && row < p.in_h && column >= 0 && column < p.in_w;
+  }
+  // Calls f(n, row, column) for the block's output pixels, every `stride`-th of a row from `first` on.
+  template <class F>
+  __device__ __forceinline__ void each_pixel(int first, int stride, F f) const {
+    const int column_end = min(kOutStride * (column0 + p.units * kUnit), p.out_w);
+    const int row_end = min(kStepRows * (step0 + step_count), p.out_h);
+    for (int n = image0; n < min(image0 + p.walk * p.streams, p.N); ++n) {
+      for (int row = kStepRows * step0; row < row_end; ++row) {
+#pragma unroll 1
+        for (int column = kOutStride * column0 + first; column < column_end; column += stride) f(n, row, column);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float exact(int n, int row, int column, int channel) const {
+    const int group = channel / p.D * p.D;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int tap = 0; tap < 9 && !isnan(sum); ++tap) {
+      const int y = connected(row, tap / 3), x = connected(column, tap % 3);
+      if (!inside(y, x)) continue;
+#pragma unroll 1
+      for (int i = 0; i < p.D; ++i) {
+        const int64_t pair = kForward ? int64_t{channel} * p.D + i : int64_t{group + i} * p.D + channel - group;
+        sum += exact_input(n, y, x, group + i) * element(p.weight, (pair * 9 + tap) * 2);
+      }
+    }
+    if constexpr (kForward) {
+      if (p.out_scale) {
+        sum = sum * p.out_scale[channel] + p.out_shift[channel];
+        if (p.side) sum += element(p.side, output_at(n, row, column, channel));
+        sum = relu(sum);
+      }
+    }
+    return sum;
+  }
+  // Of the block's output pixels.
+  __device__ __forceinline__ float exact_dweight(int out, int in, int tap) const {
+    in += out / p.D * p.D;
+    float sum = 0.f;
+    each_pixel(0, 1, [&](int n, int row, int column) {
+      const int y = connected(row, tap / 3), x = connected(column, tap % 3);
+      if (isnan(sum) || !inside(y, x)) return;
+      const float a = element(p.side, output_at(n, row, column, in));
+      sum += (p.side_scale ? rounded(relu(p.side_scale[in] * a + p.side_shift[in])) : a) * exact_input(n, y, x, out);
+    });
+    return sum;
+  }
+
+  __device__ __forceinline__ void repair() const {
+    const int chunk = thread % kSlots;
+    if (chunk < chunks) {
+      each_pixel(thread / kSlots, kThreads / kSlots, [&](int n, int row, int column) {
+#pragma unroll 1
+        for (int channel = channel0 + 8 * chunk; channel < channel0 + 8 * chunk + 8; ++channel) {
+          T* at = reinterpret_cast<T*>(static_cast<char*>(p.out) + output_at(n, row, column, channel));
+          if (isnan(static_cast<float>(*at))) *at = static_cast<T>(exact(n, row, column, channel));
+        }
+      });
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ Statistics statistics_of_output() const {
+    Statistics statistics{};
+    each_pixel(8 * half + lane / 4, 16, [&](int n, int row, int column) {
+      statistics.n += 1.f;
+      const float inverse = 1.f / statistics.n;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int chunk = 2 * pair + i / 2;
+        if (chunk >= chunks) break;
+        const float z = element(p.out, output_at(n, row, column, channel0 + chunk * 8 + lane % 4 * 2 + i % 2));
+        statistics.of[i / 2][i % 2].add(z, statistics.n, inverse);
+      }
+    });
+    return statistics;
   }
 
   // ---- the walk ------------------------------------------------------------------------------------------------
@@ -660,6 +787,7 @@ struct Conv {
     Gradient gradient{};
     Statistics statistics{};
     Epilogue epilogue{};
+    uint32_t odd = 0;
     const bool convolves = kHasConv && p.out;
     make_places();
     if constexpr (kHasConv) {
@@ -726,7 +854,7 @@ struct Conv {
         }
         if (convolves) {
           __syncthreads();
-          store_output(out, walked, step);
+          store_output(out, walked, step, odd);
         }
       }
       walked = next_walked, group = next_group;
@@ -734,11 +862,16 @@ struct Conv {
       before = now, now = next, next = free;
       side = next_side, next_side = free_side;
     }
-    if constexpr (kForward) {
-      if (p.stats) {
-        __syncthreads();
-        store_statistics(statistics);
+    if constexpr (kHasConv) {
+      if (__syncthreads_or(odd != 0)) {
+        repair();
+        if constexpr (kForward) {
+          if (p.stats && active()) statistics = statistics_of_output();
+        }
       }
+    }
+    if constexpr (kForward) {
+      if (p.stats) store_statistics(statistics);
     }
     if constexpr (kHasDweight) {
       if (adds) store_dweight(gradient);

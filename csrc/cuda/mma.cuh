@@ -114,6 +114,20 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
+// 0 * a + b of two elements each; zero stays zero unless `a` holds a NaN or an infinity.
+template <class T>
+__device__ __forceinline__ uint32_t times_zero_plus(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t times_zero_plus<__half>(uint32_t a, uint32_t b) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(b) : "r"(a), "r"(0));
+  return b;
+}
+template <>
+__device__ __forceinline__ uint32_t times_zero_plus<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(b) : "r"(a), "r"(0));
+  return b;
+}
+
 // relu that passes NaN, as torch's.
 __device__ __forceinline__ float relu(float v) {
   float y;
