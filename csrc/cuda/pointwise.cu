@@ -15,6 +15,7 @@
 namespace resnext_kernels::cuda {
 namespace {
 
+constexpr int kSlots = kMostSlots;
 constexpr int kRows = kThreads / kSlots;  // threads of one channel in a block
 constexpr int kFlight = 4;                // rows that a thread loads before it uses the first
 constexpr int kSumsFlight = 2;            // the same where the sums need the registers
