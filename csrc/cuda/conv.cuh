@@ -504,6 +504,12 @@ struct Conv {
   struct Epilogue {
     float scale[2][2], shift[2][2];  // [chunk][column]
   };
+  // A pass has the one or the other: they share their registers.
+  union Columns {
+    Statistics statistics;
+    Epilogue epilogue;
+    __device__ __forceinline__ Columns() : statistics{} {}
+  };
 
   // Bit 2 * i + h: whether the lane's position of half h of the warp's tile i is one to count.
   __device__ __forceinline__ uint32_t counted(int walked) const {
@@ -519,11 +525,10 @@ struct Conv {
 
   // What the 16 positions of a tile make, all of which have a place: those outside the image are not copied out.
   // `inside`: bit h, whether to count the positions of half h.
-  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
-                                         Statistics& statistics, uint32_t inside, uint32_t out, int step,
-                                         int tile) const {
+  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], Columns& columns, uint32_t inside,
+                                         uint32_t out, int step, int tile) const {
     if constexpr (kForward) {
-      if (p.stats) count(sum, statistics, inside, step);
+      if (p.stats) count(sum, columns.statistics, inside, step);
     }
     out += 16 * tile * kOutStride * kPixelBytes;
 #pragma unroll
@@ -535,8 +540,8 @@ struct Conv {
         for (int r = 0; r < kStepRows; ++r) {
           const float(&total)[4] = sum[r * kOutStride + c][j];
           const uint32_t row = to + r * p.out_pixels * kPixelBytes;
-          store_result<0>(row, total[0], total[1], epilogue, j);
-          store_result<kUnit * kOutStride * kPixelBytes>(row, total[2], total[3], epilogue, j);
+          store_result<0>(row, total[0], total[1], columns.epilogue, j);
+          store_result<kUnit * kOutStride * kPixelBytes>(row, total[2], total[3], columns.epilogue, j);
         }
       }
     }
@@ -849,8 +854,7 @@ struct Conv {
   __device__ __forceinline__ void run() {
     Weights weights[2];
     Gradient gradient{};
-    Statistics statistics{};
-    Epilogue epilogue{};
+    Columns columns;
     uint32_t odd = 0;
     const bool convolves = kHasConv && p.out;
     if constexpr (kHasConv) {
@@ -864,8 +868,8 @@ struct Conv {
           const int channel = channel0 + (2 * pair + j) * 8 + lane % 4 * 2;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            epilogue.scale[j][e] = __ldg(p.out_scale + channel + e);
-            epilogue.shift[j][e] = __ldg(p.out_shift + channel + e);
+            columns.epilogue.scale[j][e] = __ldg(p.out_scale + channel + e);
+            columns.epilogue.shift[j][e] = __ldg(p.out_shift + channel + e);
           }
         }
       }
@@ -913,11 +917,11 @@ struct Conv {
                 if (tile >= p.tiles) break;
                 float sum[kOutputs][2][4] = {};
                 convolve(sum, weights, rows, i == 0 ? tile_pixel[0] : tile_pixel[kWarpTiles - 1]);
-                finish(sum, epilogue, statistics, inside >> 2 * i, out, step, tile);
+                finish(sum, columns, inside >> 2 * i, out, step, tile);
               }
               if constexpr (kForward) {
                 // at once, since the first value is a poor origin if it is far off the others, then now and then
-                if (p.stats && steps_done++ % 4 == 0) take_sums(statistics);
+                if (p.stats && steps_done++ % 4 == 0) take_sums(columns.statistics);
               }
             }
           }
@@ -941,14 +945,14 @@ struct Conv {
       if (__syncthreads_or(odd != 0)) {
         repair();
         if constexpr (kForward) {
-          if (p.stats && active()) statistics = statistics_of_output();
+          if (p.stats && active()) columns.statistics = statistics_of_output();
         }
       }
     }
     if constexpr (kForward) {
       if (p.stats) {
-        take_sums(statistics);
-        store_statistics(statistics);
+        take_sums(columns.statistics);
+        store_statistics(columns.statistics);
       }
     }
     if constexpr (kHasDweight) {
