@@ -13,8 +13,9 @@ for its compulsory bytes:
     backward   bn_relu_backward               dy, z -> two sums
                conv_backward                  dy, z, x, weight -> dx, dweight
 
-In training x is the previous layer's z, as in a bottleneck: its BatchNorm and ReLU are applied
-where it is loaded. Every result is checked against the reference before its counters are kept.
+In eval the layer is by itself. In training x is the previous layer's z, as in a bottleneck: its
+BatchNorm and ReLU are applied where it is loaded. Every result is checked against the reference
+before its counters are kept.
 """
 
 from __future__ import annotations
