@@ -88,7 +88,7 @@ struct Conv {
     int32_t global[kCount];  // in 16 bytes from the first pixel of the first image's row
     int32_t order[kCount];   // its number in the row, kOutside where the image has no such column
   };
-  static constexpr int32_t kOutside = 0x7fffffff;
+  static constexpr int32_t kOutside = 0x7ffffffe, kNowhere = 0x7fffffff;  // not in shared memory either
 
   const ConvParams p;
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -116,8 +116,10 @@ struct Conv {
     step0 = rest / p.strips * p.segment_steps;
     step_count = min(p.segment_steps, p.steps - step0);
     image0 = walk * p.walk * p.streams;
-    make_places(in_places, p.pitch, p.pitch_magic, kInStride * column0 - (G != Geometry::t2), p.in_h, p.in_w);
-    make_places(out_places, p.units * kUnit * kOutStride, p.stream_magic, kOutStride * column0, p.out_h, p.out_w);
+    make_places(in_places, p.in_pixels, p.pitch, p.pitch_magic, kInStride * column0 - (G != Geometry::t2), p.in_h,
+                p.in_w);
+    make_places(out_places, p.out_pixels, p.units * kUnit * kOutStride, p.stream_magic, kOutStride * column0, p.out_h,
+                p.out_w);
     in_place = place(thread / kSlots, thread % kSlots, kInStride);
     out_place = place(thread / kSlots, thread % kSlots, kOutStride);
 #pragma unroll
@@ -202,27 +204,16 @@ struct Conv {
   // ---- rows into shared memory ---------------------------------------------------------------------------------
 
   template <int kCount>
-  __device__ __forceinline__ void make_places(Places<kCount>& places, int per_stream, uint32_t magic, int first_column,
-                                              int height, int width) const {
+  __device__ __forceinline__ void make_places(Places<kCount>& places, int pixels, int per_stream, uint32_t magic,
+                                              int first_column, int height, int width) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int pixel = thread / kSlots + i * kRun, stream = divide(pixel, magic);
       const int column = first_column + pixel - stream * per_stream;
       const bool inside = stream < p.streams && column >= 0 && column < width && thread % kSlots < chunks;
+      const bool exists = pixel < pixels && thread % kSlots < p.slots;
       places.global[i] = (stream * height * width + column) * (p.C / 8);
-      places.order[i] = inside ? pixel : kOutside;
-    }
-  }
-  // What lies outside the image stays zero.
-  template <int kCount>
-  __device__ __forceinline__ void clear_outside(const Places<kCount>& places, uint32_t at, int pixels, int rows) const {
-    if (thread % kSlots >= p.slots) return;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (places.order[i] != kOutside || thread / kSlots + i * kRun >= pixels) continue;
-      for (int r = 0; r < rows; ++r) {
-        store_shared(at + i * kRunBytes + r * pixels * kPixelBytes, make_uint4(0, 0, 0, 0));
-      }
+      places.order[i] = inside ? pixel : exists ? kOutside : kNowhere;
     }
   }
 
@@ -277,7 +268,7 @@ struct Conv {
     for (int r = 0; r < kGroupRows; ++r) bytes[r] = has_input_row(group, r) ? 16 : 0;
     to += in_place;
     const uint32_t z_to = ring + p.z_offset + in_place, y_to = ring + p.y_offset + in_place;
-    each_input(kOutside, [&](int order, int r, uint32_t at, int64_t from) {
+    each_input(kNowhere, [&](int order, int r, uint32_t at, int64_t from) {
       const uint32_t size = order < end ? bytes[r] : 0;
       copy_async(to + at, in + from, size);
       if constexpr (!kForward) {
@@ -291,7 +282,7 @@ struct Conv {
     const char* side = static_cast<const char*>(p.side) + output_start(walked, step);
     const int end = output_end(walked);
     to += out_place;
-    each_output(kOutside, [&](int order, int r, uint32_t at, int64_t from) {
+    each_output(kNowhere, [&](int order, int r, uint32_t at, int64_t from) {
       copy_async(to + at, side + from, order < end && has_output_row(step, r) ? 16 : 0);
     });
   }
@@ -887,8 +878,6 @@ struct Conv {
     uint32_t inside = 0;
     int steps_done = 0;
     __syncthreads();
-    clear_outside(in_places, ring + in_place, p.in_pixels, kRing * kGroupRows);
-    if (p.side) clear_outside(out_places, side + out_place, p.out_pixels, 2 * kStepRows);
     fetch_input(now, 0, step0);
     for (int turn = 0; turn < turns; ++turn) {
       int next_walked = walked, next_group = group + 1;
