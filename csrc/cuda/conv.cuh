@@ -601,62 +601,54 @@ struct Conv {
     });
   }
 
-  // Over the lanes with the same columns, then over the warps with the same channels.
+  static __device__ __forceinline__ Moments either(bool first, const Moments& a, const Moments& b) {
+    return {first ? a.origin : b.origin, first ? a.mean : b.mean, first ? a.m2 : b.m2};
+  }
+  static __device__ __forceinline__ Moments shuffled(const Moments& m, int step) {
+    Moments other;
+    other.origin = __shfl_xor_sync(~0u, m.origin, step);
+    other.mean = __shfl_xor_sync(~0u, m.mean, step);
+    other.m2 = __shfl_xor_sync(~0u, m.m2, step);
+    return other;
+  }
+  // Over the lanes with the same columns, which divide the four columns among themselves, then over the warps with the
+  // same channels.
   __device__ __forceinline__ void store_statistics(Statistics statistics) const {
+    float n = statistics.n, other_n = __shfl_xor_sync(~0u, n, 4);
+    Moments two[2], own;
+    const bool second = lane & 4, odd = lane & 8;
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-      const float n = __shfl_xor_sync(~0u, statistics.n, step);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Moments& own = statistics.of[i / 2][i % 2];
-        Moments other;
-        other.origin = __shfl_xor_sync(~0u, own.origin, step);
-        other.mean = __shfl_xor_sync(~0u, own.mean, step);
-        other.m2 = __shfl_xor_sync(~0u, own.m2, step);
-        own.merge(statistics.n, n, other);
-      }
-      statistics.n += n;
+    for (int e = 0; e < 2; ++e) {
+      two[e] = either(second, statistics.of[1][e], statistics.of[0][e]);
+      two[e].merge(n, other_n, shuffled(either(second, statistics.of[0][e], statistics.of[1][e]), 4));
     }
-    const auto exchange = [&](int from) { return ring + ((from * kPairWarps + pair) * 4 + lane) * 13 * 4; };
-    const bool has = active() && lane < 4;
+    n += other_n;
+    other_n = __shfl_xor_sync(~0u, n, 8);
+    own = either(odd, two[1], two[0]);
+    own.merge(n, other_n, shuffled(either(odd, two[0], two[1]), 8));
+    n += other_n;
+    other_n = __shfl_xor_sync(~0u, n, 16);
+    own.merge(n, other_n, shuffled(own, 16));
+    n += other_n;
+
+    const auto exchange = [&](int from) { return ring + ((from * kPairWarps + pair) * 16 + lane) * 16; };
+    const int chunk = 2 * pair + second;
+    const bool has = chunk < chunks && lane < 16;
     if (has && part > 0) {
-      const uint32_t to = exchange(part - 1);
-      store_shared_word(to, __float_as_uint(statistics.n));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Moments& own = statistics.of[i / 2][i % 2];
-        store_shared_word(to + 4 + i * 12, __float_as_uint(own.origin));
-        store_shared_word(to + 8 + i * 12, __float_as_uint(own.mean));
-        store_shared_word(to + 12 + i * 12, __float_as_uint(own.m2));
-      }
+      store_shared(exchange(part - 1), make_uint4(__float_as_uint(n), __float_as_uint(own.origin),
+                                                  __float_as_uint(own.mean), __float_as_uint(own.m2)));
     }
     __syncthreads();
     if (!has || part > 0) return;
 #pragma unroll 1
     for (int other_part = 0; other_part < kParts - 1; ++other_part) {
-      const uint32_t from = exchange(other_part);
-      const float n = __uint_as_float(load_shared_word(from));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Moments other;
-        other.origin = __uint_as_float(load_shared_word(from + 4 + i * 12));
-        other.mean = __uint_as_float(load_shared_word(from + 8 + i * 12));
-        other.m2 = __uint_as_float(load_shared_word(from + 12 + i * 12));
-        statistics.of[i / 2][i % 2].merge(statistics.n, n, other);
-      }
-      statistics.n += n;
+      const uint4 v = load_shared(exchange(other_part));
+      const Moments other{__uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+      own.merge(n, __uint_as_float(v.x), other);
+      n += __uint_as_float(v.x);
     }
-    float* to = p.stats + static_cast<int64_t>(blockIdx.y) * 4 * p.C;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (2 * pair + i / 2 >= chunks) break;
-      const Moments& own = statistics.of[i / 2][i % 2];
-      const int channel = channel0 + (2 * pair + i / 2) * 8 + lane % 4 * 2 + i % 2;
-      to[channel] = statistics.n;
-      to[p.C + channel] = own.origin;
-      to[2 * p.C + channel] = own.mean;
-      to[3 * p.C + channel] = own.m2;
-    }
+    float* to = p.stats + static_cast<int64_t>(blockIdx.y) * 4 * p.C + channel0 + chunk * 8 + lane % 4 * 2 + odd;
+    to[0] = n, to[p.C] = own.origin, to[2 * p.C] = own.mean, to[3 * p.C] = own.m2;
   }
 
   // Into shared memory as (out channel, in channel, tap), the second half of the positions added to the first, and

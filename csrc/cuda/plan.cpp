@@ -29,6 +29,9 @@ Launch launch(std::string kernel, std::array<unsigned, 3> grid, unsigned block, 
   return made;
 }
 
+// Threads of a second stage: 32 columns, each the work of so many that they have a few parts to add.
+unsigned reduce_threads(int parts) { return 32 * std::min(32, std::max(4, parts / 4)); }
+
 // ---- channels of a block ---------------------------------------------------------------------------------------
 
 // Input chunks (of 8 channels) that a pair of output chunks reads at most, in blocks of `chunks`.
@@ -192,7 +195,7 @@ Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvPa
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
     const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
     plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1},
-                                   1024, 0, reduce, offsetof(ReduceParams, partial)));
+                                   reduce_threads(t.parts()), 0, reduce, offsetof(ReduceParams, partial)));
   }
   return plan;
 }
@@ -301,8 +304,8 @@ Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, c
   plan.launches.push_back(
       launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, mean, var, C, p.parts};
-  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1}, 1024, 0,
-                                 reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1},
+                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
   return plan;
 }
 
@@ -327,8 +330,8 @@ Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& devi
   plan.launches.push_back(
       launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, sum_g, sum_g_xhat, C, p.parts};
-  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1}, 1024, 0,
-                                 reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1},
+                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
   return plan;
 }
 
