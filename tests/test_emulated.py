@@ -265,7 +265,7 @@ PROPAGATING += [(case, *odd, True) for case in SERVED_FEW for odd in ALL_ODD]
         pytest.param(
             *run[:4],
             ("cuda", F16, "A100"),
-            id="-".join(map(str, run[:4])),
+            id=f"{run[0]}-f16-cuda-A100-{'-'.join(run[1:4])}",
             marks=[pytest.mark.emulated] if run[4] else [],
         )
         for run in PROPAGATING
