@@ -5,12 +5,13 @@
 //   backward   dz = a * g [+ b * z + c], g = dy where the ReLU passed, else 0
 //              dx = conv(dz) with the weights transposed and turned, dweight[tap] = sum dz shifted by tap * side
 //
-// A block takes up to 64 channels (whole groups) and walks down `streams` images side by side. Each step brings the
-// next input rows into a ring in shared memory (16-byte cp.async, one step ahead), where the previous BatchNorm or
-// the gradient of this one is applied in place by the thread that fetched them, and makes the next output rows from
-// the three or four rows that are there: every input pixel enters shared memory once, halo rows are never read again.
+// A block takes up to 64 channels (whole groups; one group of about 32) and walks down `streams` images side by side.
+// Each step brings the next input rows into a ring in shared memory (16-byte cp.async, one step ahead), where the
+// previous BatchNorm or the gradient of this one is applied in place by the thread that fetched them, and makes the
+// next output rows from the rows that are there: every input pixel enters shared memory once, halo rows are never read
+// again.
 //
-//   ring (3 groups of rows) x (streams x pitch pixels) x 128 bytes (8 chunks of 8 channels)
+//   ring (3 groups of rows) x (streams x pitch pixels) x 128 bytes (8 chunks of 8 channels), or 64 bytes with Q == 4
 //   chunk c of pixel p lies at 128 p + 16 (c ^ (p / stride & 7)): ldmatrix reads 8 neighbours without conflicts
 //
 // Forward and dx: 16 positions are the rows of one m16n8k16, taken by ldmatrix from pixels shifted by each tap; the
@@ -24,9 +25,11 @@
 // dweight: the positions are the summed dimension, both operands come from the same memory by ldmatrix.trans:
 // 16 output x 8 input channels of one tap with Q > 1, two taps x 8 output x 8 input channels with Q == 1.
 //
-// Warp w: output chunks 2 (w % 4) and the next; positions (forward, dx), or input chunks with Q >= 4 (dweight), are
-// divided between w / 4 = 0 and 1. Statistics and dweight leave the block as partial results, one set per part, which
+// A warp has a pair of output chunks; the warps of a pair divide the positions (forward, dx), or in dweight the
+// positions or input chunks. Statistics and dweight leave the block as partial results, one set per part, which
 // pointwise.cu adds in a fixed order.
+//
+// Groups that share a product would share its NaN: 0 * Inf. Whatever was stored as NaN is summed again, one by one.
 #pragma once
 
 #include "mma.cuh"
