@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 try:
-    from bench import cases, peers, report, sweep, timing
+    from bench import cases, modelled, peers, report, sweep, timing
 except ModuleNotFoundError as error:
     sys.exit(f"python -m bench needs {error.name}: pip install '.[bench]'")
 from bench.cases import Case
@@ -195,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument(
         "--readme",
         action="store_true",
-        help="rewrite README's tables from the reports in bench/results",
+        help="rewrite README's tables from the files in bench/results",
     )
     return p
 
@@ -347,6 +347,12 @@ def gpu_tests(rows: list[Case]) -> int | None:
     return status
 
 
+def with_tables(readme: str) -> str:
+    """README with the tables of bench/results: measured, and modelled."""
+    readme = report.rewrite_readme(readme, "bench", report.readme_block(report.committed()))
+    return report.rewrite_readme(readme, "modelled", modelled.readme_block(modelled.kept()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
@@ -366,8 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.readme:
             readme = ROOT / "README.md"
-            block = report.readme_block(report.committed())
-            readme.write_text(report.rewrite_readme(readme.read_text(), block))
+            readme.write_text(with_tables(readme.read_text()))
             print(f"wrote {readme}")
             return 0
     except ValueError as error:

@@ -24,7 +24,7 @@ pytest.importorskip("tqdm", reason="the harness needs the extra [bench]")
 pytest.importorskip("cpuinfo", reason="the harness needs the extra [bench]")
 
 from bench import __main__ as cli
-from bench import cases, peers, report, sweep, timing
+from bench import cases, modelled, peers, report, sweep, timing
 from bench.cases import Case
 from bench.peers import OURS, Candidate, Workload
 
@@ -658,25 +658,25 @@ def test_missed_bar_is_marked() -> None:
 
 
 def test_readme_shows_the_committed_results() -> None:
-    committed = report.committed()
-    if not committed:
-        pytest.skip("no results in bench/results yet")
     text = (ROOT / "README.md").read_text()
-    assert report.rewrite_readme(text, report.readme_block(committed)) == text, (
-        "README's table is not that of bench/results: run python -m bench --readme"
+    assert report.committed()
+    assert all(modelled.kept().values())
+    assert cli.with_tables(text) == text, (
+        "README's tables are not those of bench/results: run python -m bench --readme"
     )
 
 
 def test_readme_block() -> None:
     result = full_report([made_row(case) for case in cases.bars() if case.level == "op"])
     block = report.readme_block([("cpu.json", result)])
-    text = f"head\n{report.BEGIN}\nold\n{report.END}\ntail\n"
-    new = report.rewrite_readme(text, block)
-    assert new == f"head\n{report.BEGIN}\n{block}\n{report.END}\ntail\n"
-    assert report.rewrite_readme(new, block) == new
+    text = "head\n<!-- bench:begin -->\nold\n<!-- bench:end -->\ntail\n"
+    new = report.rewrite_readme(text, "bench", block)
+    assert new == f"head\n<!-- bench:begin -->\n{block}\n<!-- bench:end -->\ntail\n"
+    assert report.rewrite_readme(new, "bench", block) == new
     assert "2.00x" in block
-    with pytest.raises(ValueError, match="README needs"):
-        report.rewrite_readme("no markers", block)
+    for wrong in ("no markers", text + text, "<!-- bench:end --><!-- bench:begin -->"):
+        with pytest.raises(ValueError, match="README needs"):
+            report.rewrite_readme(wrong, "bench", block)
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from bench.modelled import TritonLaunch, triton_launches  # noqa: E402
+from bench.emulator import TritonLaunch, triton_launches  # noqa: E402
 from resnext_kernels.backends import triton as backend  # noqa: E402
 from resnext_kernels.problem import ConvProblem  # noqa: E402
 
