@@ -155,8 +155,7 @@ def _conv_config(
         return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 32 and half:
         # D = 17 to 32: `_conv_shift_kernel`, two warps to a group
-        tiles = min(tiles, 2)
-        return Config(1, 32, 32, tiles, 16, rows, 1, 2 * tiles, 1)
+        return Config(1, 32, 32, 1, 16, rows, 1, 2, 1)
     if by_rows and widest == 8:
         # float32, D = 4, 8
         return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
@@ -650,9 +649,12 @@ def _conv_shift_kernel(
     one = (position[None, :] == position[:, None]).to(DTYPE)
     one = tl.broadcast_to(one[None, :, :], (BLOCKS, BLOCK_P, BLOCK_P))
     one = tl.dot(one, one).to(DTYPE)
+    wide = tl.arange(0, 32)
+    one_wide = (wide[None, :] == wide[:, None]).to(DTYPE)
+    one_wide = tl.broadcast_to(one_wide[None, :, :], (BLOCKS, 32, 32))
     block = tl.arange(0, BLOCKS)[:, None, None]
-    i = tl.arange(0, 32)[None, None, :]
-    o = block % 2 * 16 + tl.arange(0, 16)[None, :, None]
+    i = wide[None, :, None]
+    o = block % 2 * 16 + tl.arange(0, 16)[None, None, :]
     in_group = (i < SRC_D) & (o < DST_D)
     if TRANSPOSED:
         i, o = o, i
@@ -662,7 +664,7 @@ def _conv_shift_kernel(
         at = (8 - tap if TRANSPOSED else tap) * stride_tap
         at += k.to(tl.int64) * stride_k + i * stride_d
         weight = tl.load(w_ptr + at, mask=in_group & (k < K), other=0.0)
-        weights += (tl.dot(_turn(one), weight).to(DTYPE),)
+        weights += (tl.dot(_turn(weight), one_wide).to(DTYPE),)
     scale = None
     shift = None
     if in_scale_ptr is not None:
