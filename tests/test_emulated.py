@@ -132,7 +132,12 @@ def test_statistics_of_a_large_mean(stride: int, backend: str) -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=EMULATED_ONLY)])
-def test_odd_values_stay_in_their_group(stride: int, value: float, backend: str) -> None:
-    """Groups that share a matrix instruction do not see each other's NaN and Inf."""
-    case = Case(2, 32, 6, 5, groups=8, stride=stride)
+@pytest.mark.parametrize(
+    ("c", "groups"), [(32, 8), pytest.param(64, 2, marks=EMULATED_ONLY)], ids=["d4", "d32"]
+)
+def test_odd_values_stay_in_their_group(
+    c: int, groups: int, stride: int, value: float, backend: str
+) -> None:
+    """Groups, and pixels, that share a matrix instruction do not see each other's NaN and Inf."""
+    case = Case(2, c, 6, 5, groups=groups, stride=stride)
     contract.test_odd_values_stay_in_their_group(case, value, EmulatedTarget(backend, F16))

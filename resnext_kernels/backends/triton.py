@@ -31,6 +31,20 @@ of that column is one dot with 4 tiles of columns (a power of two; the fourth is
 quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
 a tap at a time. Both also compute dx, and reduce BatchNorm's statistics in their epilogue.
 
+`_conv_backward_kernel` (float16 and bfloat16, groups up to 32 wide, stride 1 and 2) makes dx and
+dweight of one reading of dy, z and x. A warp has a block of 16 channels out by 16 in, walks 16
+columns down the rows of dz, 14 of them its own, and keeps the weights and dweight, nine taps of
+each, in registers. Columns are shifted by products with matrices of zeros and ones, S:
+
+    S_kw @ dz      (P, K)  @ W    -> rows h - 1, h, h + 1 of dx
+    dz^T @ S_kw^T  (K, P)  @ x    -> dweight
+
+Such a product is exact, and leaves its result in the registers where the next one wants its
+operand; for that reason images enter through a product with the identity matrix, turned. Each
+pixel goes through shared memory once. A zero times an infinite or NaN pixel would reach its
+neighbours: programs whose dweight is not finite compute everything again, without S.
+`_conv_shift_kernel` is the same for the forward of groups of 17 to 32 channels.
+
 Products accumulate in float32. Reductions over pixels go in two stages, a partial result a program
 and then their sum in a fixed order: no atomics, and the same bits from run to run. Statistics are
 merged as means and squared deviations (Welford 1962; Chan, Golub & LeVeque 1979).
@@ -853,7 +867,7 @@ def _turned_x(
 
 
 @_jit(do_not_specialize=("rows", "splits", "walk"))
-def _backward_kernel(
+def _conv_backward_kernel(
     dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
     x_ptr, in_scale_ptr, in_shift_ptr, w_ptr, dx_ptr, partial_ptr,
     N, X_H, X_W, H, W, C, K, rows, splits, walk, stride_k, stride_d, stride_tap,
@@ -921,11 +935,8 @@ def _backward_kernel(
             left = _shift(w > 0, -1, one)
             start = tl.maximum(first - 1, 0)
             middle = zero
-            x_same = _turned_x(
-                x_ptr, in_scale, in_shift, ((n * H + start) * W + w)[:, None] * C + src[None, :],
-                own & (start >= first), src_ok, one, TILES, CHUNKS,
-            )  # fmt: skip
-            x_above = tl.zeros_like(x_same)
+            x_above = tl.zeros((BLOCKS, 16, BLOCK_P), DTYPE)
+            dz_above = x_above
         else:
             start = first
             even_ok = own
@@ -949,12 +960,14 @@ def _backward_kernel(
             dz = dz.to(DTYPE)  # (BLOCKS, DOUT, P)
             pixel = (n * X_H + STRIDE * r) * X_W + STRIDE * w
             if STRIDE == 1:
-                x_below = _turned_x(
-                    x_ptr, in_scale, in_shift, (pixel + X_W)[:, None] * C + src[None, :],
-                    own & (r + 1 < last), src_ok, one, TILES, CHUNKS,
+                x = _turned_x(
+                    x_ptr, in_scale, in_shift, pixel[:, None] * C + src[None, :],
+                    own & (r >= first) & (r < last), src_ok, one, TILES, CHUNKS,
                 )  # fmt: skip
                 lower = zero
-                new = ()
+                dw_upper = ()  # the three rows of taps
+                dw_middle = ()
+                dw_lower = ()
                 for kw in tl.static_range(3):
                     by = right if kw == 0 else (one if kw == 1 else left)
                     moved = tl.dot(by, _turn(dz)).to(DTYPE)  # (BLOCKS, P, DOUT)
@@ -962,12 +975,11 @@ def _backward_kernel(
                     middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
                     lower = tl.dot(moved, _turn(weights[6 + kw]), lower)
                     turned = dz if kw == 1 else tl.dot(dz, _turn(by)).to(DTYPE)
-                    new += (
-                        tl.dot(turned, _turn(x_above), dw[kw]),
-                        tl.dot(turned, _turn(x_same), dw[3 + kw]),
-                        tl.dot(turned, _turn(x_below), dw[6 + kw]),
-                    )
-                dw = (new[0], new[3], new[6], new[1], new[4], new[7], new[2], new[5], new[8])
+                    above = dz_above if kw == 1 else tl.dot(dz_above, _turn(by)).to(DTYPE)
+                    dw_upper += (tl.dot(turned, _turn(x_above), dw[kw]),)
+                    dw_middle += (tl.dot(turned, _turn(x), dw[3 + kw]),)
+                    dw_lower += (tl.dot(above, _turn(x), dw[6 + kw]),)
+                dw = dw_upper + dw_middle + dw_lower
                 if r > first:
                     tl.store(
                         dx_ptr + (pixel - X_W)[:, None] * C + src[None, :],
@@ -976,8 +988,8 @@ def _backward_kernel(
                     )  # fmt: skip
                 upper = middle
                 middle = lower
-                x_above = x_same
-                x_same = x_below
+                x_above = x
+                dz_above = dz
             else:
                 here = tl.dot(one, _turn(dz)).to(DTYPE)
                 next = tl.dot(right, _turn(dz)).to(DTYPE)
@@ -1622,15 +1634,16 @@ def _dweight(
     return in_format_of(weight, dweight)
 
 
-# Of the bytes of the backward pass, what partial sums of dweight may add; and how many programs to
-# start in any case.
+# Programs of `_conv_backward_kernel`. Each writes partial sums of dweight, which are read once:
+# at most _PARTIAL_SHARE of the bytes of the backward pass, unless that leaves multiprocessors of
+# an A100 without a program. Its registers let a multiprocessor hold two.
 _PARTIAL_SHARE = 0.125
-_MOST_PROGRAMS = 264
 _FEWEST_PROGRAMS = 108
+_MOST_PROGRAMS = 264
 
 
 def _fuses(weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
-    """Whether `_backward_kernel` makes dx and dweight."""
+    """Whether `_conv_backward_kernel` makes dx and dweight."""
     k, din = weight.shape[:2]
     narrow = max(k // groups, din) <= 32
     return weight.dtype.itemsize == 2 and narrow and stride <= 2 and dilation == 1
@@ -1670,7 +1683,7 @@ def _dx_dweight(
     in_scale, in_shift = (None, None) if prologue is None else prologue
     kernel_weight, strides = _strided(weight, True)
     _launch(
-        _backward_kernel,
+        _conv_backward_kernel,
         (programs, parts),
         *(dy, *gradient, x, in_scale, in_shift, kernel_weight, dx, partial),
         *(n, x_h, x_w, h, w, c, k, rows, splits, walk, *strides),
@@ -1683,7 +1696,7 @@ def _dx_dweight(
         STRIDE=stride,
         PRECISION=_precision(x.dtype),
         warps=tiles * chunks * chunks,
-        stages=1,
+        stages=2 if stride == 1 and prologue is None else 1,  # else registers would spill
     )
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     _sum(partial, dweight, taps=9)
