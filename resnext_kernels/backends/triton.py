@@ -935,8 +935,11 @@ def _conv_backward_kernel(
             left = _shift(w > 0, -1, one)
             start = tl.maximum(first - 1, 0)
             middle = zero
-            x_above = tl.zeros((BLOCKS, 16, BLOCK_P), DTYPE)
-            dz_above = x_above
+            x_same = _turned_x(
+                x_ptr, in_scale, in_shift, ((n * H + start) * W + w)[:, None] * C + src[None, :],
+                own & (start >= first), src_ok, one, TILES, CHUNKS,
+            )  # fmt: skip
+            x_above = tl.zeros_like(x_same)
         else:
             start = first
             even_ok = own
@@ -960,9 +963,9 @@ def _conv_backward_kernel(
             dz = dz.to(DTYPE)  # (BLOCKS, DOUT, P)
             pixel = (n * X_H + STRIDE * r) * X_W + STRIDE * w
             if STRIDE == 1:
-                x = _turned_x(
-                    x_ptr, in_scale, in_shift, pixel[:, None] * C + src[None, :],
-                    own & (r >= first) & (r < last), src_ok, one, TILES, CHUNKS,
+                x_below = _turned_x(
+                    x_ptr, in_scale, in_shift, (pixel + X_W)[:, None] * C + src[None, :],
+                    own & (r + 1 < last), src_ok, one, TILES, CHUNKS,
                 )  # fmt: skip
                 lower = zero
                 dw_upper = ()  # the three rows of taps
@@ -975,10 +978,9 @@ def _conv_backward_kernel(
                     middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
                     lower = tl.dot(moved, _turn(weights[6 + kw]), lower)
                     turned = dz if kw == 1 else tl.dot(dz, _turn(by)).to(DTYPE)
-                    above = dz_above if kw == 1 else tl.dot(dz_above, _turn(by)).to(DTYPE)
                     dw_upper += (tl.dot(turned, _turn(x_above), dw[kw]),)
-                    dw_middle += (tl.dot(turned, _turn(x), dw[3 + kw]),)
-                    dw_lower += (tl.dot(above, _turn(x), dw[6 + kw]),)
+                    dw_middle += (tl.dot(turned, _turn(x_same), dw[3 + kw]),)
+                    dw_lower += (tl.dot(turned, _turn(x_below), dw[6 + kw]),)
                 dw = dw_upper + dw_middle + dw_lower
                 if r > first:
                     tl.store(
@@ -988,8 +990,8 @@ def _conv_backward_kernel(
                     )  # fmt: skip
                 upper = middle
                 middle = lower
-                x_above = x
-                dz_above = dz
+                x_above = x_same
+                x_same = x_below
             else:
                 here = tl.dot(one, _turn(dz)).to(DTYPE)
                 next = tl.dot(right, _turn(dz)).to(DTYPE)
@@ -1696,7 +1698,7 @@ def _dx_dweight(
         STRIDE=stride,
         PRECISION=_precision(x.dtype),
         warps=tiles * chunks * chunks,
-        stages=2 if stride == 1 and prologue is None else 1,  # else registers would spill
+        stages=1,
     )
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     _sum(partial, dweight, taps=9)
