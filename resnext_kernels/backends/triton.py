@@ -31,7 +31,7 @@ of that column is one dot with 4 tiles of columns (a power of two; the fourth is
 quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
 a tap at a time. Both also compute dx, and reduce BatchNorm's statistics in their epilogue.
 
-`_conv_backward_kernel` (float16 and bfloat16, groups up to 32 wide, stride 1 and 2) makes dx and
+`_conv_backward_kernel` (float16 and bfloat16, D = 1, 2, 4, 8, 16, 32, stride 1, 2) makes dx and
 dweight of one reading of dy, z and x. A warp has a block of 16 channels out by 16 in, walks 16
 columns down the rows of dz, 14 of them its own, and keeps the weights and dweight, nine taps of
 each, in registers. Columns are shifted by products with matrices of zeros and ones, S:
@@ -43,7 +43,7 @@ Such a product is exact, and leaves its result in the registers where the next o
 operand; for that reason images enter through a product with the identity matrix, turned. Each
 pixel goes through shared memory once. A zero times an infinite or NaN pixel would reach its
 neighbours: programs whose dweight is not finite compute everything again, without S.
-`_conv_shift_kernel` is the same for the forward of groups of 17 to 32 channels.
+`_conv_shift_kernel` is the same for the forward of D = 32, stride 1.
 
 Products accumulate in float32. Reductions over pixels go in two stages, a partial result a program
 and then their sum in a fixed order: no atomics, and the same bits from run to run. Statistics are
@@ -167,8 +167,8 @@ def _conv_config(
         # half as many columns
         unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
         return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
-    if by_rows and widest == 32 and half:
-        # D = 17 to 32: `_conv_shift_kernel`, two warps to a group
+    if by_rows and widest == 32 and half and exact:
+        # D = 32: `_conv_shift_kernel`, two warps to a group
         return Config(1, 32, 32, 1, 16, rows, 1, 2, 1)
     if by_rows and widest == 8:
         # float32, D = 4, 8
@@ -647,7 +647,7 @@ def _conv_shift_kernel(
     DIN: tl.constexpr, DOUT: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stride 1, groups of 17 to 32 channels. Programs: (groups / TILES, N*W / USED, H / rows).
+    """Stride 1, groups of 32 channels. Programs: (groups / TILES, N*W / USED, H / rows).
 
     A warp makes 16 of a group's channels, for which it keeps the weights.
     """
@@ -1647,8 +1647,9 @@ _MOST_PROGRAMS = 264
 def _fuses(weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
     """Whether `_conv_backward_kernel` makes dx and dweight."""
     k, din = weight.shape[:2]
-    narrow = max(k // groups, din) <= 32
-    return weight.dtype.itemsize == 2 and narrow and stride <= 2 and dilation == 1
+    # padded tiles would take more registers, for addresses, than there are
+    fills_tiles = k // groups == din and din in (1, 2, 4, 8, 16, 32)
+    return weight.dtype.itemsize == 2 and fills_tiles and stride <= 2 and dilation == 1
 
 
 def _dx_dweight(
