@@ -148,7 +148,11 @@ POINTWISE = [
 ]
 SERVED_FEW = [case for case in FEW if served(case)]
 LARGE_MEAN = [(Case(2, 64, 8, 7, groups=8, stride=stride), F32) for stride in (1, 2)]
-ODD_VALUES = [(Case(2, 32, 6, 5, groups=8, stride=stride), F16) for stride in (1, 2)]
+ODD_VALUES = [
+    (Case(2, c, 6, 5, groups=groups, stride=stride), F16)
+    for c, groups in ((32, 8), (64, 2))
+    for stride in (1, 2)
+]
 # Groups that share a product of the tensor cores, of 4 and 14 channels, and groups that do not.
 ODD_ON_CUDA = [
     Case(2, 32, 5, 4, groups=8),
@@ -219,7 +223,7 @@ def test_ieee_float32(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @each([*on_cuda(ODD_ON_CUDA, (F16, "A100")), *on_triton(ODD_VALUES, quick=(0, 1))])
 def test_odd_values_stay_in_their_group(case: Case, emulated: EmulatedTarget, value: float) -> None:
-    """Groups that share a matrix instruction do not see each other's NaN and Inf."""
+    """Groups, and pixels, that share a matrix instruction do not see each other's NaN and Inf."""
     contract.test_odd_values_stay_in_their_group(case, value, emulated)
 
 
