@@ -149,8 +149,10 @@ def _serving(
     if n == 0:
         return reference
     name = backend or backends.requested()
-    dtype, device = x.dtype, x.device.type
-    return backends._select(name, n, h, w, c, k, groups, stride, dilation, dtype, device, training)
+    on = x.device
+    return backends._select(
+        name, n, h, w, c, k, groups, stride, dilation, x.dtype, on.type, training, on.index
+    )
 
 
 def _serving_bn(z: Tensor, training: bool, backend: str) -> ModuleType:

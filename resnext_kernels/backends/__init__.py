@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from ..problem import ConvProblem
+from .tuning import autotune
 
-__all__ = ["NAMES", "available", "compatible", "requested", "select", "use"]
+__all__ = ["NAMES", "autotune", "available", "compatible", "requested", "select", "use"]
 
 NAMES: tuple[str, ...] = tuple(
     name

@@ -43,14 +43,15 @@ groups == 1, with BatchNorm and ReLU around it from the kernels here.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
-from . import reference
+from . import reference, tuning
 
 try:
     import triton
@@ -89,7 +90,7 @@ def why_not(problem: ConvProblem) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(problem.device_index)
         if capability < (8, 0):
             return "compute capability must be at least 8.0, not {}.{}".format(*capability)
     pixels = problem.n * problem.h * problem.w
@@ -99,6 +100,31 @@ def why_not(problem: ConvProblem) -> str | None:
 
 
 # Configurations ------------------------------------------------------------------------------
+
+Arch = int | str  # 90: NVIDIA's compute capability 9.0; "gfx942": AMD's
+
+# KiB of shared memory that one program may have. NVIDIA: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"; AMD: the LDS in the CDNA instruction set references.
+SHARED_KIB: dict[Arch, int] = {
+    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99,
+    "gfx90a": 64, "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
+
+
+def _shared_bytes(arch: Arch) -> int:
+    """What one program may have; of an unknown architecture the least that its maker offers."""
+    return 1024 * SHARED_KIB.get(arch, 64 if isinstance(arch, str) else 99)
+
+
+@lru_cache(maxsize=64)
+def _arch(device: torch.device) -> Arch:
+    """The architecture of the tensors' own device; on the CPU, interpreted, that of an A100."""
+    if device.type != "cuda":
+        return 80
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return 10 * properties.major + properties.minor
 
 
 @dataclass(frozen=True)
@@ -125,6 +151,15 @@ class Config:
     warps: int
     stages: int
 
+    def shared_bytes(self, itemsize: int) -> int:
+        """The most shared memory that it takes: tiles under way, one in use, or the result."""
+        x = self.block_p * self.tiles * self.src_width * itemsize
+        out = self.block_p * self.tiles * self.dst_width * 4
+        weights = self.tiles * self.src_width * self.dst_width * itemsize
+        if self.rows:  # three dots a row; their weights, four taps each, stay
+            return 12 * weights + 3 * self.unroll * (self.stages - 1) * x + max(x, out)
+        return (self.stages - 1) * (x + weights) + max(x + weights, out)
+
 
 def _pow2(n: int, low: int) -> int:
     return max(low, 1 << (n - 1).bit_length())
@@ -136,12 +171,21 @@ _ROWS = 14
 
 
 def _conv_config(
-    src_d: int, dst_d: int, groups: int, h: int, by_rows: bool, dtype: torch.dtype, computed: bool
+    src_d: int,
+    dst_d: int,
+    groups: int,
+    h: int,
+    by_rows: bool,
+    dtype: torch.dtype,
+    computed: bool,
+    arch: Arch,
 ) -> Config:
-    """For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
+    """The table. For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
     what is multiplied is, from x or dz, and not just loaded."""
+    amd = isinstance(arch, str)
+    hopper = isinstance(arch, int) and arch >= 90
     half = dtype.itemsize == 2
-    narrow = 16 if half else 8  # the depth of one matrix instruction
+    narrow = 16 if half or amd else 8  # what one matrix instruction takes
     pack = max(1, narrow // max(src_d, dst_d))
     src, dst = _pow2(pack * src_d, narrow), _pow2(pack * dst_d, narrow)
     widest = max(src, dst)
@@ -152,18 +196,39 @@ def _conv_config(
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
         unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
-        return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
+        if (hopper or amd) and not computed:
+            # ptxas aims at three programs, 168 registers a thread, and spills; a row a turn needs
+            # 128, and then there are four. On AMD it leaves room for two waves.
+            unroll = 1
+        # a row of x is 16 bytes for each of a wave's lanes, which are 64 on AMD
+        p = 32 if amd and exact else 16
+        return Config(pack, src, dst, tiles, p, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8
         return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    p = 64 if half else 16
+    p = 64 if half else (32 if hopper else 16)  # 16: ptxas aims at six programs there, and spills
     if half and (not exact or widest > 32 or (computed and widest > 16)):
         # more registers go to addresses and vectors
         p = 32
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
+
+
+def _alternatives(config: Config, h: int, dtype: torch.dtype, arch: Arch) -> list[Config]:
+    """What autotuning tries besides the table's choice: one step away from it in one respect,
+    where that fits the shared memory."""
+    changes: list[dict[str, int]] = [{"stages": stages} for stages in (1, 2, 3, 4)]
+    changes += [{"block_p": p} for p in (config.block_p // 2, config.block_p * 2) if p >= 16]
+    if config.rows:
+        changes += [{"unroll": unroll} for unroll in (1, 2)]
+        changes += [{"rows": triton.cdiv(h, triton.cdiv(h, rows))} for rows in (7, 28, 56)]
+    else:
+        changes += [{"warps": config.warps // 2}, {"warps": config.warps * 2}]
+    found = [replace(config, **change) for change in changes]
+    fitting = [c for c in found if c.shared_bytes(dtype.itemsize) <= _shared_bytes(arch)]
+    return [c for c in dict.fromkeys(fitting) if c != config]
 
 
 # Of the weights. A stride known to be 1 makes the compiler load 8 elements a lane, and their way
@@ -357,6 +422,17 @@ def _store_statistics(
 
 
 @_jit
+def _taps(phase, stride, dilation):
+    """First, step and number of the taps k of dx with stride | phase - (k - 1)*dilation."""
+    zero = (phase + dilation) % stride == 0
+    one = phase % stride == 0
+    two = (phase - dilation) % stride == 0
+    first = tl.where(zero, 0, tl.where(one, 1, 2))
+    count = zero.to(tl.int32) + one.to(tl.int32) + two.to(tl.int32)
+    return first, tl.where(count == 2, 2, 1), count  # of two, tap 1 is none
+
+
+@_jit
 def _conv(
     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
     SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
@@ -373,19 +449,26 @@ def _conv(
     """
     SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    if STRIDED:
+        first_h, step_h, count_h = _taps(phase_h, stride, dilation)
+        first_w, step_w, count_w = _taps(phase_w, stride, dilation)
     acc = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
     for chunk in range(0, PACK * SRC_D, SRC):
         src, src_ok = _columns(tile, chunk, SRC_C, SRC_D, PACK, SRC, TILES)
-        for tap in range(9):
-            down = (tap // 3 - 1) * dilation
-            right = (tap % 3 - 1) * dilation
-            some = True
+        for t in range(count_h * count_w if STRIDED else 9):
+            if STRIDED:
+                kh = first_h + t // count_w * step_h
+                kw = first_w + t % count_w * step_w
+            else:
+                kh = t // 3
+                kw = t % 3
+            down = (kh - 1) * dilation
+            right = (kw - 1) * dilation
             if TRANSPOSED:
                 src_h = h - down
                 src_w = w - right
                 ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
                 if STRIDED:
-                    some = ((phase_h - down) % stride == 0) & ((phase_w - right) % stride == 0)
                     src_h //= stride
                     src_w //= stride
             else:
@@ -393,23 +476,22 @@ def _conv(
                 src_w = w * stride + right
                 ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
             ok &= (src_h < SRC_H) & (src_w < SRC_W)
-            if some:
-                pixel = (n * SRC_H + src_h) * SRC_W + src_w
-                x = _load_source(
-                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
-                    pixel[:, None] * SRC_C + src[None, :],
-                    ok[:, None] & src_ok[None, :], src, src_ok,
-                )  # fmt: skip
-                weights = _weights(
-                    w_ptr, tile, chunk, first_dst,
-                    tl.zeros((DST,), tl.int32) + tap, K, stride_k, stride_d, stride_tap,
-                    DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
-                )  # fmt: skip
-                x = _split(x, TILES)
-                if GROUPWISE:
-                    acc = _dot_groups(x, weights, acc, SRC_D, DST_D, DST, PACK, PRECISION)
-                else:
-                    acc = _dot(x, weights, acc, PRECISION)
+            pixel = (n * SRC_H + src_h) * SRC_W + src_w
+            x = _load_source(
+                x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
+                pixel[:, None] * SRC_C + src[None, :],
+                ok[:, None] & src_ok[None, :], src, src_ok,
+            )  # fmt: skip
+            weights = _weights(
+                w_ptr, tile, chunk, first_dst,
+                tl.zeros((DST,), tl.int32) + (kh * 3 + kw), K, stride_k, stride_d, stride_tap,
+                DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
+            )  # fmt: skip
+            x = _split(x, TILES)
+            if GROUPWISE:
+                acc = _dot_groups(x, weights, acc, SRC_D, DST_D, DST, PACK, PRECISION)
+            else:
+                acc = _dot(x, weights, acc, PRECISION)
     return acc
 
 
@@ -861,11 +943,12 @@ def _convolve(
     stride: int,
     groups: int,
     dilation: int,
+    config: Config | None = None,
 ) -> Tensor | None:
     """Write the convolution of x, or of dz for dx, to `out`; returns partial statistics.
 
     gradient: z, y, scale, shift, a, b, c of `_load_source`, z for `_conv_rows_kernel` only. dz:
-    where dx leaves it for dweight.
+    where dx leaves it for dweight. config: None for the table's choice, or the one tuned.
     """
     k, din = weight.shape[:2]
     dout = k // groups
@@ -874,7 +957,28 @@ def _convolve(
     src_d, dst_d = (dout, din) if transposed else (din, dout)
     by_rows = stride == dilation == 1
     z, y, scale, shift, a, b, c = gradient
-    config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None)
+    if config is None:
+        arch = _arch(x.device)
+        config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None, arch)
+        if tuning.enabled() and x.is_cuda:
+            arguments: dict[str, Any] = {
+                "gradient": gradient,
+                "epilogue": epilogue,
+                "stats": stats,
+                "transposed": transposed,
+                "dz": dz,
+                "stride": stride,
+                "groups": groups,
+                "dilation": dilation,
+            }
+            kernel = _conv_rows_kernel if config.rows else _conv_kernel
+            config = tuning.choose(
+                [config, *_alternatives(config, h, x.dtype, arch)],
+                lambda other: _convolve(x, weight, out, **arguments, config=other),
+                device=x.device,
+                source=kernel.cache_key,
+                problem=_described(x, weight, out, **arguments),
+            )
     weight, strides = _strided(weight, transposed)
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
     meta: dict[str, Any] = {
@@ -912,11 +1016,24 @@ def _convolve(
     return partial
 
 
+def _described(*tensors: Tensor, **arguments: Any) -> dict[str, Any]:
+    """Plain values for all that the time of a call depends on."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return [str(value.dtype), *value.shape, *value.stride()]
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    described = {name: plain(value) for name, value in arguments.items()}
+    return described | {"tensors": plain(tensors), "precision": _precision(tensors[0].dtype)}
+
+
 def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
     """Whether dx is `_conv_rows_kernel`'s."""
     k, din = weight.shape[:2]
     by_rows = stride == dilation == 1
-    return _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True).rows > 0
+    arch = _arch(x.device)
+    return _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True, arch).rows > 0
 
 
 def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
@@ -1118,7 +1235,8 @@ def _dweight(
     dout = k // groups
     n, _, h, w = dy.shape
     _, c, x_h, x_w = x.shape
-    config = _conv_config(din, dout, groups, h, False, x.dtype, True)
+    arch = _arch(x.device)
+    config = _conv_config(din, dout, groups, h, False, x.dtype, True, arch)
     src, dst = config.src_width, min(config.dst_width, 32)
     src_chunks = triton.cdiv(config.pack * din, src)
     dst_chunks = triton.cdiv(config.pack * dout, dst)
@@ -1127,6 +1245,10 @@ def _dweight(
     block_p, width = (32, config.tiles) if max(src, dst) <= 16 else (64 if half else 32, 1)
     if width > 1 and config.pack * max(din, dout) % 8:
         block_p = 16  # channels are loaded one at a time, by as many addresses
+    if isinstance(arch, str):
+        block_p = max(block_p // 2, 16)  # the masks of 64 lanes fill the scalar registers
+    elif arch >= 100 and not half and width > 1:
+        block_p = 16  # ptxas takes more than the 128 registers that leave two programs of 8 warps
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
     programs = tiles * src_chunks * dst_chunks
     columns = triton.cdiv(n * w, block_p)
