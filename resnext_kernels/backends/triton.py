@@ -960,7 +960,7 @@ def _convolve(
     if config is None:
         arch = _arch(x.device)
         config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None, arch)
-        if tuning.enabled() and x.is_cuda:
+        if tuning.enabled(x.device):
             arguments: dict[str, Any] = {
                 "gradient": gradient,
                 "epilogue": epilogue,

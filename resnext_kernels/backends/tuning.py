@@ -48,12 +48,14 @@ def autotune(on: bool = True) -> None:
     _asked = on
 
 
-def enabled() -> bool:
-    """Whether configurations are timed.
+def enabled(device: torch.device) -> bool:
+    """Whether configurations are timed on this device: CUDA ones alone are.
 
     Raises:
         ValueError: If RESNEXT_KERNELS_AUTOTUNE is neither 0 nor 1.
     """
+    if device.type != "cuda":
+        return False
     if _asked is not None:
         return _asked
     text = os.environ.get(_ENVIRONMENT) or "0"
