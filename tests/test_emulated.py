@@ -211,7 +211,7 @@ def integers(bound: int, *shape: int) -> Tensor:
 )
 def test_convolutions_past_int32(groups: int, stride: int) -> None:
     """Every image tensor has more than 2^31 elements; the last images come out right."""
-    c, h, kept, compared = 128, 4, 64, 4
+    c, h, kept, compared = 128, 4, 64, 2
     n = (2**31 // (c * (h // stride) ** 2)) + kept
     far = Far(kept)
     x, dy = integers(2, kept, c, h, h), integers(2, kept, c, h // stride, h // stride)
@@ -240,8 +240,7 @@ def test_convolutions_past_int32(groups: int, stride: int) -> None:
     )
     for found, want in ((y, want_y), (ours, want_z), (dx, want_dx)):
         assert want.abs().max() > 0
-        # the first of the last images may reach into ones that were not computed
-        assert torch.equal(far.end(found)[last][1:].float(), want.to(F16)[1:].float())
+        assert torch.equal(far.end(found)[last].float(), want)
     dweight = far.end(partial[-1])[0]  # (9, K, D)
     assert torch.equal(dweight.permute(1, 2, 0).reshape(want_dweight.shape), want_dweight)
 
