@@ -196,12 +196,12 @@ def _conv_config(
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
         unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
-        if (hopper or amd) and not computed:
+        if not computed and pack <= 4 and (amd or arch in (90, 100, 103)):
             # ptxas aims at three programs, 168 registers a thread, and spills; a row a turn needs
-            # 128, and then there are four. On AMD it leaves room for two waves.
+            # 135, and some have room for four. On AMD it leaves room for two waves.
             unroll = 1
         # a row of x is 16 bytes for each of a wave's lanes, which are 64 on AMD
-        p = 32 if amd and exact else 16
+        p = 32 if amd and exact and pack <= 4 else 16
         return Config(pack, src, dst, tiles, p, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8
@@ -210,8 +210,8 @@ def _conv_config(
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
     p = 64 if half else (32 if hopper else 16)  # 16: ptxas aims at six programs there, and spills
-    if half and (not exact or widest > 32 or (computed and widest > 16)):
-        # more registers go to addresses and vectors
+    if half and (not exact or widest > 32 or (computed and widest > 16) or pack > 2):
+        # more registers go to addresses, to vectors, or to groups one at a time
         p = 32
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
 
@@ -455,15 +455,13 @@ def _conv(
     acc = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
     for chunk in range(0, PACK * SRC_D, SRC):
         src, src_ok = _columns(tile, chunk, SRC_C, SRC_D, PACK, SRC, TILES)
-        for t in range(count_h * count_w if STRIDED else 9):
+        for tap in range(count_h * count_w if STRIDED else 9):
             if STRIDED:
-                kh = first_h + t // count_w * step_h
-                kw = first_w + t % count_w * step_w
-            else:
-                kh = t // 3
-                kw = t % 3
-            down = (kh - 1) * dilation
-            right = (kw - 1) * dilation
+                kh = first_h + tap // count_w * step_h
+                kw = first_w + tap % count_w * step_w
+                tap = kh * 3 + kw
+            down = (tap // 3 - 1) * dilation
+            right = (tap % 3 - 1) * dilation
             if TRANSPOSED:
                 src_h = h - down
                 src_w = w - right
@@ -484,7 +482,7 @@ def _conv(
             )  # fmt: skip
             weights = _weights(
                 w_ptr, tile, chunk, first_dst,
-                tl.zeros((DST,), tl.int32) + (kh * 3 + kw), K, stride_k, stride_d, stride_tap,
+                tl.zeros((DST,), tl.int32) + tap, K, stride_k, stride_d, stride_tap,
                 DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
             )  # fmt: skip
             x = _split(x, TILES)
