@@ -141,6 +141,28 @@ def test_odd_values_stay_in_their_group(stride: int, value: float, backend: str)
     contract.test_odd_values_stay_in_their_group(case, value, EmulatedTarget(backend, F16))
 
 
+TURNS = 8
+
+
+@EMULATED_ONLY
+@pytest.mark.parametrize("turn", range(TURNS))
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(ALL[0], F16), (ALL[2], F16), (ALL[4], BF16), (ALL[15], F32)]
+)
+def test_what_autotuning_tries(case: Case, dtype: torch.dtype, turn: int) -> None:
+    """One neighbour of each configuration that the functions meet; all of them in TURNS turns."""
+    original = triton._conv_config
+
+    def changed(*args: Any) -> triton.Config:
+        others = triton._alternatives(original(*args), args[3], dtype, args[-1])
+        assert 1 < len(others) <= TURNS
+        return others[turn % len(others)]
+
+    with mock.patch.object(triton, "_conv_config", changed), EMULATED["triton"](check=CHECKS):
+        contract.test_conv_stats(case, EmulatedTarget("triton", dtype))
+        contract.test_conv_backward(case, EmulatedTarget("triton", dtype))
+
+
 # More than 2^31 elements -------------------------------------------------------------------------
 
 

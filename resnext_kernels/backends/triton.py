@@ -195,8 +195,11 @@ def _conv_config(
     if by_rows and widest <= 16 and half:
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
-        unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
-        if not computed and pack <= 4 and (amd or arch in (90, 100, 103)):
+        # groups that are computed again one by one, 8 and more of them, need AMD's scalar registers
+        once = not exact or tiles == 1 or (amd and pack > 4)
+        unroll, stages = (1 if once else 2, 1) if computed else (2, 2)
+        crowded = tiles == 1 or (pack <= 4 and (amd or arch in (90, 100, 103)))
+        if crowded and not computed:
             # ptxas aims at three programs, 168 registers a thread, and spills; a row a turn needs
             # 135, and some have room for four. On AMD it leaves room for two waves.
             unroll = 1
@@ -204,12 +207,16 @@ def _conv_config(
         p = 32 if amd and exact and pack <= 4 else 16
         return Config(pack, src, dst, tiles, p, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 8:
-        # float32, D = 4, 8
+        # float32, D = 4, 8. Without tensor cores 8 warps have too few registers.
+        if _precision(dtype) == "ieee":
+            tiles = min(tiles, 4)
         return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    p = 64 if half else (32 if hopper else 16)  # 16: ptxas aims at six programs there, and spills
+    p = (
+        64 if half else (32 if hopper and widest > 8 else 16)
+    )  # 16: ptxas aims at six programs there, and spills
     if half and (not exact or widest > 32 or (computed and widest > 16) or pack > 2):
         # more registers go to addresses, to vectors, or to groups one at a time
         p = 32
@@ -1056,7 +1063,8 @@ def _blocks(z: Tensor) -> tuple[int, int, dict[str, int]]:
     """M, C and the blocks of a kernel over the (M, C) matrix of pixels and channels."""
     n, c, h, w = z.shape
     block_c = min(128, _pow2(c, 1))
-    return n * h * w, c, {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c}
+    # few channels: the columns of a thread are many, and their statistics spill
+    return n * h * w, c, {"BLOCK_M": min(4096 // block_c, 128), "BLOCK_C": block_c}
 
 
 def _merged(partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -1245,8 +1253,9 @@ def _dweight(
         block_p = 16  # channels are loaded one at a time, by as many addresses
     if isinstance(arch, str):
         block_p = max(block_p // 2, 16)  # the masks of 64 lanes fill the scalar registers
-    elif arch >= 100 and not half and width > 1:
-        block_p = 16  # ptxas takes more than the 128 registers that leave two programs of 8 warps
+    elif width > 1 and (arch >= 100 or _precision(x.dtype) == "ieee"):
+        if not half or config.pack > 4:
+            block_p = 16  # 32 take more registers than leave room for two programs, or spill
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
     programs = tiles * src_chunks * dst_chunks
     columns = triton.cdiv(n * w, block_p)
