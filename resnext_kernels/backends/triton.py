@@ -195,7 +195,8 @@ def _conv_config(
     if by_rows and widest <= 16 and half:
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
-        # groups that are computed again one by one, 8 and more of them, need AMD's scalar registers
+        if amd and pack > 4:
+            tiles = min(tiles, 2)  # groups one at a time: their masks are in the scalar registers
         once = not exact or tiles == 1 or (amd and pack > 4)
         unroll, stages = (1 if once else 2, 1) if computed else (2, 2)
         crowded = tiles == 1 or (pack <= 4 and (amd or arch in (90, 100, 103)))
@@ -214,9 +215,8 @@ def _conv_config(
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    p = (
-        64 if half else (32 if hopper and widest > 8 else 16)
-    )  # 16: ptxas aims at six programs there, and spills
+    # float32 from sm_90 on: with 16, ptxas aims at six programs, and spills
+    p = 64 if half else (32 if hopper and widest > 8 else 16)
     if half and (not exact or widest > 32 or (computed and widest > 16) or pack > 2):
         # more registers go to addresses, to vectors, or to groups one at a time
         p = 32
