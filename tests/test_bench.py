@@ -744,6 +744,32 @@ def test_gpu_suite_says_what_it_skips(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{len(cases.gpu())} rows" in text
 
 
+def test_gpu_suite_is_one_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests, compute-sanitizer on both backends, then the sweep, autotuned."""
+    done: list[str] = []
+
+    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess:
+        done.append(" ".join(command))
+        return subprocess.CompletedProcess(command, 0)
+
+    def measure(args: Any, rows: list[Case], how: timing.Method, path: Path) -> int:
+        done.append(f"{len(rows)} rows, autotune {os.environ['RESNEXT_KERNELS_AUTOTUNE']}")
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    monkeypatch.setattr(cli, "measure", measure)
+    monkeypatch.setenv("RESNEXT_KERNELS_AUTOTUNE", "")
+    monkeypatch.delenv("RESNEXT_KERNELS_AUTOTUNE")
+    assert cli.main(["--suite", "gpu", "--output", str(tmp_path / "gpu.json"), "--no-plots"]) == 0
+    tests, *sanitizers, sweep = done
+    assert tests.endswith("-m pytest -q")
+    assert [c.split()[2] for c in sanitizers] == ["memcheck", "racecheck", "initcheck"]
+    assert all("f16-cuda or f16-triton" in c for c in sanitizers)
+    assert sweep == f"{len(cases.gpu())} rows, autotune 1"
+
+
 def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     status = cli.main(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import test_backend_functions as contract
@@ -19,9 +20,9 @@ import torch
 from cases import CASES, DTYPE_NAMES, FEW, Case, Target, conv2d
 from torch import Tensor
 
-from bench.emulator import EMULATORS, CudaEmulator
+from bench.emulator import EMULATORS, CudaEmulator, TritonEmulator, TritonLaunch, triton_launches
 from resnext_kernels import backends
-from resnext_kernels.backends import cuda
+from resnext_kernels.backends import cuda, reference, triton
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -61,6 +62,13 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[EmulatedTarget]:
     with emulation.active():
         yield EmulatedTarget(backend, dtype)
     assert emulation.launched, "no kernel ran"
+
+
+@pytest.fixture
+def emulated_triton() -> None:
+    """Skips where nothing that Triton compiles can be run."""
+    if (reason := TritonEmulator.why_not()) is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture
@@ -296,3 +304,181 @@ def test_an_access_out_of_bounds_is_seen() -> None:
     emulation.ptr = lambda t: real(t[:, :, :-1] if t is x else t)
     with emulation.active(), pytest.raises(ptxemu.PTXError, match="out of bounds"):
         cuda.conv_affine_relu(x, weight, vector, vector, groups=16)
+
+
+TURNS = 8
+
+
+@pytest.mark.parametrize("turn", range(TURNS))
+@each(on_triton([TRITON[i] for i in (0, 2, 4, 15)]))
+def test_what_autotuning_tries(
+    case: Case, emulated: EmulatedTarget, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One neighbour of each configuration that the functions meet; all of them in TURNS turns."""
+    original = triton._conv_config
+
+    def changed(*args: Any) -> triton.Config:
+        others = triton._alternatives(original(*args), args[3], emulated.dtype, args[-1])
+        assert 1 < len(others) <= TURNS
+        return others[turn % len(others)]
+
+    monkeypatch.setattr(triton, "_conv_config", changed)
+    contract.test_conv_stats(case, emulated)
+    contract.test_conv_backward(case, emulated)
+
+
+# More than 2^31 elements -------------------------------------------------------------------------
+
+
+class Far:
+    """Runs the last programs of each launch on tensors of which only the end is in memory.
+
+    Tensors of images are on "meta". A kernel gets the address of their end less all that comes
+    before it, so that an offset that wraps at 2^31 leaves the memory that is there, and raises.
+    """
+
+    def __init__(self, images: int) -> None:
+        import ptxemu
+
+        self.kept = images
+        self.memory = ptxemu.GlobalMemory()
+        self.ends: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the tensor, its end
+        self.ran: list[str] = []
+
+    def images(self, n: int, end: Tensor) -> Tensor:
+        """(n, C, H, W) on "meta" that ends in `end`."""
+        t = torch.empty(n, *end.shape[1:], dtype=end.dtype, device="meta")
+        t = t.to(memory_format=torch.channels_last)
+        self.ends[id(t)] = (t, end.contiguous(memory_format=torch.channels_last))
+        return t
+
+    def end(self, t: Tensor) -> Tensor:
+        """What is in memory of t: its last images; of partial sums the last program's."""
+        if id(t) not in self.ends:
+            images = t.dim() == 4 and t.stride(1) == 1
+            end = torch.zeros(self.kept if images else 1, *t.shape[1:], dtype=t.dtype)
+            formats = {True: torch.channels_last, False: torch.contiguous_format}
+            self.ends[id(t)] = (t, end.contiguous(memory_format=formats[images]))
+        return self.ends[id(t)][1]
+
+    def address(self, t: Tensor) -> int:
+        end = self.end(t)
+        return self.memory.ptr(end) - (t.numel() - end.numel()) * t.element_size()
+
+    def run(self, launch: TritonLaunch) -> None:
+        import ptxemu
+
+        name = launch.kernel.__name__
+        if name in ("_merge_statistics_kernel", "_sum_kernel"):
+            return  # they read what the programs left out would have written
+        self.ran.append(name)
+        size = [*launch.grid, 1, 1][:3]
+        axes = [range(n) for n in size]
+        of_pixels = size.index(max(size))
+        axes[of_pixels] = range(size[of_pixels] - 1, size[of_pixels])
+        x, y, z = axes
+        programs = [i + size[0] * (j + size[1] * k) for k in z for j in y for i in x]
+        args = [
+            self.address(a) if isinstance(a, Tensor) and a.is_meta else a
+            for a in launch.runtime_args()
+        ]
+        ptxemu.run_triton(
+            launch.compiled(),
+            launch.grid,
+            *args,
+            check=("race", "init"),
+            mem=self.memory,
+            ctas=programs,
+        )
+
+
+def integers(bound: int, *shape: int) -> Tensor:
+    """Small enough for every sum to be exact."""
+    return torch.randint(-bound, bound + 1, shape).to(F16)
+
+
+@pytest.mark.parametrize(
+    ("groups", "stride"), [(32, 1), (4, 1), (32, 2)], ids=["d4", "d32", "d4-stride2"]
+)
+@pytest.mark.usefixtures("emulated_triton")
+def test_convolutions_past_int32(groups: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image tensor has more than 2^31 elements; the last images come out right."""
+    # programs of the fused backward that walk no more images than are in memory
+    monkeypatch.setattr(triton, "_MOST_PROGRAMS", 2**20)
+    c, h, kept, compared = 128, 4, 128, 2
+    n = (2**31 // (c * (h // stride) ** 2)) + kept
+    far = Far(kept)
+    x, dy = integers(2, kept, c, h, h), integers(2, kept, c, h // stride, h // stride)
+    dy[:-compared] = 0  # the sums of the last programs are then those of the last images
+    z = integers(2, *dy.shape)
+    weight = integers(1, c, c // groups, 3, 3)
+    scale, shift, a = (torch.randint(-1, 2, (c,)).float() for _ in range(3))
+    conv = {"stride": stride, "groups": groups}
+    far_x, far_dy, far_z = (far.images(n, t) for t in (x, dy, z))
+    assert min(far_x.numel(), far_dy.numel()) > 2**31
+
+    with triton_launches(far.run):
+        y = triton.conv_affine_relu(far_x, weight, scale, shift, residual=far_z, **conv)
+        ours = triton.conv_stats(far_x, weight, prologue=(scale, shift), **conv)[0]
+        partial: list[Tensor] = []
+        monkeypatch.setattr(triton, "_sum", lambda t, *_, **__: partial.append(t))
+        bn = (far_z, scale, shift, a, None, None)
+        gradients = [
+            triton.conv_backward(far_dy, far_x, weight, bn=bn, **conv, **needs)
+            for needs in ({}, {"need_dweight": False}, {"need_dx": False})
+        ]
+
+    last = slice(-compared, None)
+    x, dy, z, weight = x[last].float(), dy[last].float(), z[last].float(), weight.float()
+    want_y = reference.conv_affine_relu(x, weight, scale, shift, residual=z, **conv)
+    want_z = reference.conv_stats(x, weight, prologue=(scale, shift), **conv)[0]
+    want_dx, want_dweight = reference.conv_backward(
+        dy, x, weight, bn=(z, scale, shift, a, None, None), **conv
+    )
+    images = [(y, want_y), (ours, want_z), *((dx, want_dx) for dx, _ in gradients[:2])]
+    for found, want in images:
+        assert want.abs().max() > 0
+        assert torch.equal(far.end(found)[last].float(), want)
+    assert len(partial) == 2
+    for sums in partial:
+        dweight = far.end(sums)[0]  # (9, K, D)
+        assert torch.equal(dweight.permute(1, 2, 0).reshape(want_dweight.shape), want_dweight)
+
+
+@pytest.mark.usefixtures("emulated_triton")
+def test_pointwise_past_int32() -> None:
+    c, h, kept = 128, 4, 4096
+    n = 2**31 // (c * h * h) + 32
+    m = n * h * h
+    far = Far(kept)
+    z, dy = integers(2, kept, c, h, h), integers(2, kept, c, h, h)
+    scale, shift, a = (torch.randint(-1, 2, (c,)).float() for _ in range(3))
+    mean, rstd = torch.zeros(c), torch.ones(c)
+    far_z, far_dy = far.images(n, z), far.images(n, dy)
+    partial: list[Tensor] = []
+    with (
+        triton_launches(far.run),
+        mock.patch.object(triton, "_sum", lambda t, *_, **__: partial.append(t)),
+        mock.patch.object(triton, "_merged", lambda t: partial.append(t)),
+    ):
+        y = triton.normalize_relu(far_z, scale, shift, residual=far_dy)
+        dz = triton.bn_relu_input_gradient(far_dy, far_z, scale, shift, a, scale, shift)
+        triton.batch_stats(far_z)
+        triton.bn_relu_backward(far_dy, far_z, scale, shift, mean, rstd)
+    want_y = reference.normalize_relu(z.float(), scale, shift, residual=dy.float())
+    want_dz = reference.bn_relu_input_gradient(dy.float(), z.float(), scale, shift, a, scale, shift)
+    for found, want in ((y, want_y), (dz, want_dz)):
+        assert torch.equal(far.end(found)[-1].float(), want[-1])
+    count, pivot, off, m2 = far.end(partial[0])[0]
+    pixels = int(count[0])
+    assert 10000 < pixels < kept * h * h < m
+    rows = z.permute(0, 2, 3, 1).reshape(-1, c)[-pixels:].double()
+    torch.testing.assert_close((pivot + off).double(), rows.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(m2.double() / pixels, rows.var(0, correction=0), rtol=1e-5, atol=0)
+    sums = far.end(partial[1])[0]
+    g = reference.bn_relu_backward(
+        *(t.permute(0, 2, 3, 1).reshape(-1, c)[-pixels:, :, None, None].float() for t in (dy, z)),
+        scale, shift, mean, rstd,
+    )  # fmt: skip
+    assert torch.equal(sums, torch.stack(g))
+    assert len(far.ran) == 4

@@ -31,7 +31,8 @@ of that column is one dot with 4 tiles of columns (a power of two; the fourth is
 quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
 a tap at a time. Both also compute dx, and reduce BatchNorm's statistics in their epilogue.
 
-`_conv_backward_kernel` (float16 and bfloat16, D = 1, 2, 4, 8, 16, 32, stride 1, 2) makes dx and
+`_conv_backward_kernel` (NVIDIA; float16 and bfloat16, D = 2, 4, 8, 16, 32, stride 1, 2, a multiple of
+32 channels) makes dx and
 dweight of one reading of dy, z and x. A warp has a block of 16 channels out by 16 in, walks 16
 columns down the rows of dz, 14 of them its own, and keeps the weights and dweight, nine taps of
 each, in registers. Columns are shifted by products with matrices of zeros and ones, S:
@@ -57,14 +58,15 @@ groups == 1, with BatchNorm and ReLU around it from the kernels here.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
-from . import reference
+from . import reference, tuning
 from .reference import (  # noqa: F401
     bn_affine,
     bn_gradient_vectors,
@@ -110,7 +112,7 @@ def why_not(problem: ConvProblem) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(problem.device_index)
         if capability < (8, 0):
             return "compute capability must be at least 8.0, not {}.{}".format(*capability)
     pixels = problem.n * problem.h * problem.w
@@ -120,6 +122,31 @@ def why_not(problem: ConvProblem) -> str | None:
 
 
 # Configurations ------------------------------------------------------------------------------
+
+Arch = int | str  # 90: NVIDIA's compute capability 9.0; "gfx942": AMD's
+
+# KiB of shared memory that one program may have. NVIDIA: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"; AMD: the LDS in the CDNA instruction set references.
+SHARED_KIB: dict[Arch, int] = {
+    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99,
+    "gfx90a": 64, "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
+
+
+def _shared_bytes(arch: Arch) -> int:
+    """What one program may have; of an unknown architecture the least that its maker offers."""
+    return 1024 * SHARED_KIB.get(arch, 64 if isinstance(arch, str) else 99)
+
+
+@lru_cache(maxsize=64)
+def _arch(device: torch.device) -> Arch:
+    """The architecture of the tensors' own device; on the CPU, interpreted, that of an A100."""
+    if device.type != "cuda":
+        return 80
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return 10 * properties.major + properties.minor
 
 
 @dataclass(frozen=True)
@@ -131,7 +158,8 @@ class Config:
         src_width, dst_width: Channels of a tile, in and out, powers of two.
         tiles: Tiles side by side in a program, a warp each; 1: `warps` warps share one.
         block_p: Pixels, or columns of pixels, of a tile.
-        rows: Output rows that a program of `_conv_rows_kernel` walks; 0: `_conv_kernel`.
+        rows: Output rows that a program of `_conv_rows_kernel` or `_conv_shift_kernel` walks;
+            0: `_conv_kernel`.
         unroll: Rows in one turn of its loop, which share one load of the weights.
         warps, stages: Warps of a program; tiles of x under way in cp.async.
     """
@@ -146,6 +174,20 @@ class Config:
     warps: int
     stages: int
 
+    @property
+    def shifts(self) -> bool:
+        """Whether it is `_conv_shift_kernel`'s, whose outer two columns are its neighbours'."""
+        return self.rows > 0 and self.src_width == 32
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """The most shared memory that it takes: tiles under way, one in use, or the result."""
+        x = self.block_p * self.tiles * self.src_width * itemsize
+        out = self.block_p * self.tiles * self.dst_width * 4
+        weights = self.tiles * self.src_width * self.dst_width * itemsize
+        if self.rows:  # three dots a row; their weights, four taps each, stay
+            return 12 * weights + 3 * self.unroll * (self.stages - 1) * x + max(x, out)
+        return (self.stages - 1) * (x + weights) + max(x + weights, out)
+
 
 def _pow2(n: int, low: int) -> int:
     return max(low, 1 << (n - 1).bit_length())
@@ -157,12 +199,21 @@ _ROWS = 14
 
 
 def _conv_config(
-    src_d: int, dst_d: int, groups: int, h: int, by_rows: bool, dtype: torch.dtype, computed: bool
+    src_d: int,
+    dst_d: int,
+    groups: int,
+    h: int,
+    by_rows: bool,
+    dtype: torch.dtype,
+    computed: bool,
+    arch: Arch,
 ) -> Config:
-    """For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
+    """The table. For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
     what is multiplied is, from x or dz, and not just loaded."""
+    amd = isinstance(arch, str)
+    hopper = isinstance(arch, int) and arch >= 90
     half = dtype.itemsize == 2
-    narrow = 16 if half else 8  # the depth of one matrix instruction
+    narrow = 16 if half or amd else 8  # what one matrix instruction takes
     pack = max(1, narrow // max(src_d, dst_d))
     src, dst = _pow2(pack * src_d, narrow), _pow2(pack * dst_d, narrow)
     widest = max(src, dst)
@@ -172,22 +223,50 @@ def _conv_config(
     if by_rows and widest <= 16 and half:
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
-        unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
-        return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
+        if amd and pack > 4:
+            tiles = min(tiles, 2)  # groups one at a time: their masks are in the scalar registers
+        once = not exact or tiles == 1 or (amd and pack > 4)
+        unroll, stages = (1 if once else 2, 1) if computed else (2, 2)
+        crowded = tiles == 1 or (pack <= 4 and (amd or arch in (90, 100, 103)))
+        if crowded and not computed:
+            # ptxas aims at three programs, 168 registers a thread, and spills; a row a turn needs
+            # 135, and some have room for four. On AMD it leaves room for two waves.
+            unroll = 1
+        # a row of x is 16 bytes for each of a wave's lanes, which are 64 on AMD
+        p = 32 if amd and exact and pack <= 4 else 16
+        return Config(pack, src, dst, tiles, p, rows, unroll, max(tiles, 2), stages)
     if by_rows and widest == 32 and half and exact:
         # D = 32: `_conv_shift_kernel`, two warps to a group
         return Config(1, 32, 32, 1, 16, rows, 1, 2, 1)
     if by_rows and widest == 8:
-        # float32, D = 4, 8
+        # float32, D = 4, 8. Without tensor cores 8 warps have too few registers.
+        if _precision(dtype) == "ieee":
+            tiles = min(tiles, 4)
         return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    p = 64 if half else 16
-    if half and (not exact or widest > 32 or (computed and widest > 16)):
-        # more registers go to addresses and vectors
+    # float32 from sm_90 on: with 16, ptxas aims at six programs, and spills
+    p = 64 if half else (32 if hopper and widest > 8 else 16)
+    if half and (not exact or widest > 32 or (computed and widest > 16) or pack > 2):
+        # more registers go to addresses, to vectors, or to groups one at a time
         p = 32
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
+
+
+def _alternatives(config: Config, h: int, dtype: torch.dtype, arch: Arch) -> list[Config]:
+    """What autotuning tries besides the table's choice: one step away from it in one respect,
+    where that fits the shared memory."""
+    changes: list[dict[str, int]] = [{"stages": stages} for stages in (1, 2, 3, 4)]
+    changes += [{"block_p": p} for p in (config.block_p // 2, config.block_p * 2) if p >= 16]
+    if config.rows:
+        changes += [{"unroll": unroll} for unroll in (1, 2) if not config.shifts]
+        changes += [{"rows": triton.cdiv(h, triton.cdiv(h, rows))} for rows in (7, 28, 56)]
+    else:
+        changes += [{"warps": config.warps // 2}, {"warps": config.warps * 2}]
+    found = [replace(config, **change) for change in changes]
+    fitting = [c for c in found if c.shared_bytes(dtype.itemsize) <= _shared_bytes(arch)]
+    return [c for c in dict.fromkeys(fitting) if c != config]
 
 
 # Of the weights. A stride known to be 1 makes the compiler load 8 elements a lane, and their way
@@ -395,6 +474,17 @@ def _store_statistics(
 
 
 @_jit
+def _taps(phase, stride, dilation):
+    """First, step and number of the taps k of dx with stride | phase - (k - 1)*dilation."""
+    zero = (phase + dilation) % stride == 0
+    one = phase % stride == 0
+    two = (phase - dilation) % stride == 0
+    first = tl.where(zero, 0, tl.where(one, 1, 2))
+    count = zero.to(tl.int32) + one.to(tl.int32) + two.to(tl.int32)
+    return first, tl.where(count == 2, 2, 1), count  # of two, tap 1 is none
+
+
+@_jit
 def _conv(
     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
     SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
@@ -411,19 +501,24 @@ def _conv(
     """
     SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    if STRIDED:
+        first_h, step_h, count_h = _taps(phase_h, stride, dilation)
+        first_w, step_w, count_w = _taps(phase_w, stride, dilation)
     acc = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
     for chunk in range(0, PACK * SRC_D, SRC):
         src, src_ok = _columns(tile, chunk, SRC_C, SRC_D, PACK, SRC, TILES)
-        for tap in range(9):
+        for tap in range(count_h * count_w if STRIDED else 9):
+            if STRIDED:
+                kh = first_h + tap // count_w * step_h
+                kw = first_w + tap % count_w * step_w
+                tap = kh * 3 + kw
             down = (tap // 3 - 1) * dilation
             right = (tap % 3 - 1) * dilation
-            some = True
             if TRANSPOSED:
                 src_h = h - down
                 src_w = w - right
                 ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
                 if STRIDED:
-                    some = ((phase_h - down) % stride == 0) & ((phase_w - right) % stride == 0)
                     src_h //= stride
                     src_w //= stride
             else:
@@ -431,23 +526,22 @@ def _conv(
                 src_w = w * stride + right
                 ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
             ok &= (src_h < SRC_H) & (src_w < SRC_W)
-            if some:
-                pixel = (n * SRC_H + src_h) * SRC_W + src_w
-                x = _load_source(
-                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
-                    pixel[:, None] * SRC_C + src[None, :],
-                    ok[:, None] & src_ok[None, :], src, src_ok,
-                )  # fmt: skip
-                weights = _weights(
-                    w_ptr, tile, chunk, first_dst,
-                    tl.zeros((DST,), tl.int32) + tap, K, stride_k, stride_d, stride_tap,
-                    DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
-                )  # fmt: skip
-                x = _split(x, TILES)
-                if GROUPWISE:
-                    acc = _dot_groups(x, weights, acc, SRC_D, DST_D, DST, PACK, PRECISION)
-                else:
-                    acc = _dot(x, weights, acc, PRECISION)
+            pixel = (n * SRC_H + src_h) * SRC_W + src_w
+            x = _load_source(
+                x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
+                pixel[:, None] * SRC_C + src[None, :],
+                ok[:, None] & src_ok[None, :], src, src_ok,
+            )  # fmt: skip
+            weights = _weights(
+                w_ptr, tile, chunk, first_dst,
+                tl.zeros((DST,), tl.int32) + tap, K, stride_k, stride_d, stride_tap,
+                DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
+            )  # fmt: skip
+            x = _split(x, TILES)
+            if GROUPWISE:
+                acc = _dot_groups(x, weights, acc, SRC_D, DST_D, DST, PACK, PRECISION)
+            else:
+                acc = _dot(x, weights, acc, PRECISION)
     return acc
 
 
@@ -1338,11 +1432,12 @@ def _convolve(
     stride: int,
     groups: int,
     dilation: int,
+    config: Config | None = None,
 ) -> Tensor | None:
     """Write the convolution of x, or of dz for dx, to `out`; returns partial statistics.
 
     gradient: z, y, scale, shift, a, b, c of `_load_source`, z for `_conv_rows_kernel` only. dz:
-    where dx leaves it for dweight.
+    where dx leaves it for dweight. config: None for the table's choice, or the one tuned.
     """
     k, din = weight.shape[:2]
     dout = k // groups
@@ -1351,7 +1446,30 @@ def _convolve(
     src_d, dst_d = (dout, din) if transposed else (din, dout)
     by_rows = stride == dilation == 1
     z, y, scale, shift, a, b, c = gradient
-    config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None)
+    if config is None:
+        arch = _arch(x.device)
+        config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None, arch)
+        if tuning.enabled(x.device):
+            arguments: dict[str, Any] = {
+                "gradient": gradient,
+                "epilogue": epilogue,
+                "stats": stats,
+                "transposed": transposed,
+                "dz": dz,
+                "stride": stride,
+                "groups": groups,
+                "dilation": dilation,
+            }
+            kernel = _conv_rows_kernel if config.rows else _conv_kernel
+            if config.shifts:
+                kernel = _conv_shift_kernel
+            config = tuning.choose(
+                [config, *_alternatives(config, h, x.dtype, arch)],
+                lambda other: _convolve(x, weight, out, **arguments, config=other),
+                device=x.device,
+                source=kernel.cache_key,
+                problem=_described(x, weight, out, **arguments),
+            )
     weight, strides = _strided(weight, transposed)
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
     meta: dict[str, Any] = {
@@ -1368,9 +1486,8 @@ def _convolve(
         "stages": config.stages,
     }
     partial = None
-    shifts = config.rows > 0 and config.src_width == 32
     if config.rows:
-        columns = config.block_p - 2 if shifts else config.block_p
+        columns = config.block_p - 2 if config.shifts else config.block_p
         grid = (tiles, triton.cdiv(n * w, columns), triton.cdiv(h, config.rows))
     else:
         phases = stride if transposed else 1
@@ -1379,7 +1496,7 @@ def _convolve(
         grid = (tiles * chunks, triton.cdiv(pixels, config.block_p), phases * phases)
     if stats:
         partial = x.new_empty((grid[1] * grid[2], 4, dst_c), dtype=torch.float32)
-    if shifts:
+    if config.shifts:
         assert z is None
         tensors = (x, scale, shift, weight, *epilogue, out, partial)
         for name in ("PACK", "SRC", "DST"):
@@ -1398,12 +1515,25 @@ def _convolve(
     return partial
 
 
+def _described(*tensors: Tensor, **arguments: Any) -> dict[str, Any]:
+    """Plain values for all that the time of a call depends on."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return [str(value.dtype), *value.shape, *value.stride()]
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    described = {name: plain(value) for name, value in arguments.items()}
+    return described | {"tensors": plain(tensors), "precision": _precision(tensors[0].dtype)}
+
+
 def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
     """Whether dx is `_conv_rows_kernel`'s."""
     k, din = weight.shape[:2]
     by_rows = stride == dilation == 1
-    config = _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True)
-    return config.rows > 0 and config.src_width < 32
+    arch = _arch(x.device)
+    config = _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True, arch)
+    return config.rows > 0 and not config.shifts
 
 
 def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
@@ -1428,7 +1558,8 @@ def _blocks(z: Tensor) -> tuple[int, int, dict[str, int]]:
     """M, C and the blocks of a kernel over the (M, C) matrix of pixels and channels."""
     n, c, h, w = z.shape
     block_c = min(128, _pow2(c, 1))
-    return n * h * w, c, {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c}
+    # few channels: the columns of a thread are many, and their statistics spill
+    return n * h * w, c, {"BLOCK_M": min(4096 // block_c, 128), "BLOCK_C": block_c}
 
 
 def _merged(partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -1605,7 +1736,8 @@ def _dweight(
     dout = k // groups
     n, _, h, w = dy.shape
     _, c, x_h, x_w = x.shape
-    config = _conv_config(din, dout, groups, h, False, x.dtype, True)
+    arch = _arch(x.device)
+    config = _conv_config(din, dout, groups, h, False, x.dtype, True, arch)
     src, dst = config.src_width, min(config.dst_width, 32)
     src_chunks = triton.cdiv(config.pack * din, src)
     dst_chunks = triton.cdiv(config.pack * dout, dst)
@@ -1614,6 +1746,11 @@ def _dweight(
     block_p, width = (32, config.tiles) if max(src, dst) <= 16 else (64 if half else 32, 1)
     if width > 1 and config.pack * max(din, dout) % 8:
         block_p = 16  # channels are loaded one at a time, by as many addresses
+    if isinstance(arch, str):
+        block_p = max(block_p // 2, 16)  # the masks of 64 lanes fill the scalar registers
+    elif width > 1 and (arch >= 100 or _precision(x.dtype) == "ieee"):
+        if not half or config.pack > 4:
+            block_p = 16  # 32 take more registers than leave room for two programs, or spill
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
     programs = tiles * src_chunks * dst_chunks
     columns = triton.cdiv(n * w, block_p)
@@ -1652,10 +1789,16 @@ _MOST_PROGRAMS = 264
 
 
 def _fuses(weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
-    """Whether `_conv_backward_kernel` makes dx and dweight."""
+    """Whether `_conv_backward_kernel` makes dx and dweight.
+
+    Its programs keep so much that more would spill: the addresses of padded tiles, those of
+    channels loaded one at a time, a single warp's of stride 2, and on AMD the masks of 64 lanes,
+    which are in the scalar registers.
+    """
     k, din = weight.shape[:2]
-    # padded tiles would take more registers, for addresses, than there are
-    fills_tiles = k // groups == din and din in (1, 2, 4, 8, 16, 32)
+    if isinstance(_arch(weight.device), str):
+        return False
+    fills_tiles = k // groups == din and din in (2, 4, 8, 16, 32) and k % 32 == 0
     return weight.dtype.itemsize == 2 and fills_tiles and stride <= 2 and dilation == 1
 
 
