@@ -198,7 +198,7 @@ def launch_limit(arch: int | str) -> int:
 
 # Plain pytest compiles every configuration for one architecture of each maker, and these for every
 # one. The marker `architectures` stands for the rest.
-EVERYWHERE = ("d4", "d8-stride2")
+EVERYWHERE = ("d4",)
 USUAL = (80, "gfx942")
 
 

@@ -31,11 +31,11 @@ of that column is one dot with 4 tiles of columns (a power of two; the fourth is
 quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
 a tap at a time. Both also compute dx, and reduce BatchNorm's statistics in their epilogue.
 
-`_conv_backward_kernel` (NVIDIA; float16 and bfloat16, D = 2, 4, 8, 16, 32, stride 1, 2, a multiple of
-32 channels) makes dx and
-dweight of one reading of dy, z and x. A warp has a block of 16 channels out by 16 in, walks 16
-columns down the rows of dz, 14 of them its own, and keeps the weights and dweight, nine taps of
-each, in registers. Columns are shifted by products with matrices of zeros and ones, S:
+`_conv_backward_kernel` (NVIDIA; float16 and bfloat16, D = 2, 4, 8, 16, 32, channels a multiple of
+32, stride 1, 2) makes dx and dweight of one reading of dy, z and x. A warp has a block of 16
+channels out by 16 in, walks 16 columns down the rows of dz, 14 of them its own, and keeps the
+weights and dweight, nine taps of each, in registers. Columns are shifted by products with matrices
+of zeros and ones, S:
 
     S_kw @ dz      (P, K)  @ W    -> rows h - 1, h, h + 1 of dx
     dz^T @ S_kw^T  (K, P)  @ x    -> dweight
