@@ -210,7 +210,7 @@ BAD_AROUND: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
         lambda z: conv_bn_relu(
             z, torch.randn(16, 2, 3, 3), bn(16), pointwise_weight=torch.randn(4, 8, 1, 1), groups=8
         ),
-        ["pointwise_weight", "(4, 8, 1, 1)", "(4, 16, 1, 1)"],
+        ["pointwise_weight", "(4, 8, 1, 1)", "(K, 16, 1, 1)"],
     ),
     "pointwise_weight and residual": (
         lambda z: conv_bn_relu(
