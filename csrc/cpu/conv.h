@@ -478,7 +478,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
             item_finite &= stage_pairs(v, nullptr, item_slots, groups, now, p.H, p.W, p.C, channel, value);
             Ahead ahead;
             ahead.add((const T*)x, p.N, p.H, p.W, p.C, then, channel, groups * p.din());
-            pass.run(rows, v, ahead, sink);
+            pass.run(rows, v, ahead, ahead.lines, sink);
           });
         });
       } else {
@@ -751,12 +751,14 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
                 stage_pairs(e, dweight ? &raw_e : nullptr, z_item, groups, now, p.H, p.W, p.K, z_channel, value);
           });
           Ahead ahead = ahead_of(then, then);
-          if (dx) pass.run(rows, e, ahead, sink);
+          const int64_t lines = dx && dweight ? ceil_div(ahead.lines, 2) : ahead.lines;  // during either
+          if (dx) pass.run(rows, e, ahead, lines, sink);
           if (!dweight) return;
           with_activation((const T*)x, prologue, [&](auto value) {
             item_finite &= stage_pairs(v, nullptr, x_item, groups, now, p.H, p.W, p.C, x_channel, value);
           });
-          add_winograd_weight_gradient(p, forward, x_item, groups, rows, v, e, raw_e, forward_index, chunk_dweight);
+          add_winograd_weight_gradient(p, forward, x_item, groups, rows, v, e, raw_e, forward_index, chunk_dweight,
+                                       ahead, lines);
         });
         continue;
       }

@@ -154,21 +154,19 @@ struct Ahead {
     constexpr int64_t kSize = sizeof(T);
     const char* first = (const char*)(tensor + ((w.n * H + row) * W + column) * C + channel);
     const int64_t skipped = (int64_t)((uintptr_t)first % 64);  // from the start of a line
-    parts_[count_++] = {first - skipped, rows,      W * C * kSize,
-                        pixels,          C * kSize, ceil_div(channels * kSize + skipped, 64)};
-    lines += rows * pixels * parts_[count_ - 1].lines;
+    Part& part = parts_[count_++];
+    part = {first - skipped, rows, W * C * kSize, pixels, C * kSize, ceil_div(channels * kSize + skipped, 64)};
+    lines += rows * pixels * part.lines;
+    if (part.lines * 64 == part.pixel_bytes) part.lines *= pixels, part.pixels = 1;  // without gaps
+    if (count_ == 1) left_ = part.lines, at_ = part.first;
   }
-  RK_INLINE void fetch(int64_t n) {
-    for (; n > 0 && part_ < count_; --n) {
-      const Part& part = parts_[part_];
-      __builtin_prefetch(part.first + row_ * part.row_bytes + pixel_ * part.pixel_bytes + line_ * 64, 0, 2);
-      if (++line_ < part.lines) continue;
-      line_ = 0;
-      if (++pixel_ < part.pixels) continue;
-      pixel_ = 0;
-      if (++row_ < part.rows) continue;
-      row_ = 0;
-      ++part_;
+  void fetch(int64_t n) {
+    while (n > 0 && part_ < count_) {
+      const int64_t now = min(n, left_);
+      for (const char* const end = at_ + 64 * now; at_ < end; at_ += 64) __builtin_prefetch(at_, 0, 2);
+      n -= now;
+      left_ -= now;
+      if (left_ == 0) next_pixel();
     }
   }
   int64_t lines = 0;  // all that were added
@@ -178,8 +176,18 @@ struct Ahead {
     const char* first;
     int64_t rows, row_bytes, pixels, pixel_bytes, lines;
   };
+  void next_pixel() {
+    if (++pixel_ == parts_[part_].pixels) pixel_ = 0, ++row_;
+    if (row_ == parts_[part_].rows) row_ = 0, ++part_;
+    if (part_ == count_) return;
+    const Part& part = parts_[part_];
+    at_ = part.first + row_ * part.row_bytes + pixel_ * part.pixel_bytes;
+    left_ = part.lines;
+  }
   Part parts_[3];
-  int64_t count_ = 0, part_ = 0, row_ = 0, pixel_ = 0, line_ = 0;
+  int64_t count_ = 0, part_ = 0, row_ = 0, pixel_ = 0;
+  const char* at_ = nullptr;
+  int64_t left_ = 0;  // lines of the pixel
 };
 
 // The memory of one call: a part that the threads share and a slice for each of them.

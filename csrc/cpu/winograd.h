@@ -272,7 +272,8 @@ inline const WinogradTiles& winograd_tiles(Access access) {
   }
 }
 
-// The tiles of some rows of `out` from the staged rows around them; `sink` as of UnitPass.
+// The tiles of some rows of `out` from the staged rows around them, asking for `lines` of what is ahead; `sink` as of
+// UnitPass.
 struct WinogradPass {
   const ConvProblem& p;
   const Blocks& blocks;
@@ -282,11 +283,11 @@ struct WinogradPass {
   const IVec* index;
 
   template <class S>
-  RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, const S& sink) const {
+  RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, int64_t lines, const S& sink) const {
     const WinogradTiles& tiles = winograd_tiles(blocks.access());
     alignas(64) float values[2 * kPairs * kLanes];
     const int64_t tile_count = ceil_div(input.pairs, kPairs);
-    const int64_t quota = ceil_div(ahead.lines, blocks.count(groups) * out.rows * tile_count);
+    const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows * tile_count);
     for (int64_t b = 0; b < blocks.count(groups); ++b) {
       const Block block = blocks.block(b, groups);
       const float* weight = packed + b * blocks.din * 3 * kPairFloats;
@@ -367,17 +368,20 @@ void winograd_weight_tiles(const WinogradWeightArgs& args, int64_t ci, int64_t d
   }
 }
 
-// M of a chunk, from the rows of a step.
+// M of a chunk, from the rows of a step; asks for `lines` of what is ahead.
 inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blocks, const Slots& slots, int64_t groups,
                                          const Window& rows, const Pairs<4>& a, const Pairs<4>& e,
-                                         const Pairs<2>& raw_e, const IVec* index, float* dweight) {
+                                         const Pairs<2>& raw_e, const IVec* index, float* dweight, Ahead& ahead,
+                                         int64_t lines) {
   const auto tiles = blocks.access() == Access::broadcast ? winograd_weight_tiles<Access::broadcast, kPairInputs>
                      : blocks.access() == Access::quads   ? winograd_weight_tiles<Access::quads, kPairInputs>
                      : blocks.access() == Access::octets  ? winograd_weight_tiles<Access::octets, kPairInputs>
                                                           : winograd_weight_tiles<Access::lanes, kPairInputs>;
+  const int64_t quota = ceil_div(lines, 3 * blocks.count(groups));
   for (int64_t b = 0; b < blocks.count(groups); ++b) {
     for (int64_t ky = 0; ky < 3; ++ky, dweight += blocks.din * kPairFloats) {
       const int64_t first = max(rows.row, 1 - ky), last = min(rows.row + rows.rows, p.H + 1 - ky);
+      ahead.fetch(quota);
       if (first < last)
         tiles({a, e, raw_e, slots.first(blocks, b), b, first, last - first, ky - 1}, 0, blocks.din, index, dweight);
     }
