@@ -79,33 +79,39 @@ def _check_int(name: str, value: int) -> None:
 
 
 def _check_conv(
-    x: Tensor, channels: int, weight: Tensor, stride: int, groups: int, dilation: int
+    name: str,
+    x: Tensor,
+    channels: int,
+    weight: Tensor,
+    stride: int,
+    groups: int,
+    dilation: int,
 ) -> int:
-    """The output channels of `weight`, which fits the other arguments."""
-    for name, value in (("stride", stride), ("groups", groups), ("dilation", dilation)):
-        _check_int(name, value)
+    """The output channels of `weight`, that of a grouped 3x3 convolution of the tensor `name`."""
+    for number, value in (("stride", stride), ("groups", groups), ("dilation", dilation)):
+        _check_int(number, value)
     if channels % groups:
-        raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
+        raise ValueError(f"groups must divide the {channels} channels of {name}, got {groups}")
     shape = weight.shape
     out_channels = shape[0] if shape else 0
     if shape != (out_channels, channels // groups, 3, 3) or out_channels == 0:
         raise ValueError(
-            f"weight must have shape (K, {channels // groups}, 3, 3) for {channels} channels of x "
-            f"in {groups} groups, got {tuple(shape)}"
+            f"weight must have shape (K, {channels // groups}, 3, 3) for {channels} channels of "
+            f"{name} in {groups} groups, got {tuple(shape)}"
         )
     if out_channels % groups:
         raise ValueError(
             f"groups must divide the {out_channels} output channels of weight, got {groups}"
         )
-    _check_like("weight", weight, shape, "x", x)
+    _check_like("weight", weight, shape, name, x)
     return out_channels
 
 
-def _check_1x1(name: str, weight: Tensor, channels: int, x: Tensor) -> None:
-    """`weight` is that of a dense 1x1 convolution of so many channels, like x."""
+def _check_1x1(name: str, weight: Tensor, channels: int, other: str, like: Tensor) -> None:
+    """`weight` is that of a dense 1x1 convolution of so many channels, like the tensor `other`."""
     if weight.dim() != 4 or weight.shape[0] == 0 or weight.shape[1:] != (channels, 1, 1):
         raise ValueError(f"{name} must have shape (K, {channels}, 1, 1), got {tuple(weight.shape)}")
-    _check_like(name, weight, weight.shape, "x", x)
+    _check_like(name, weight, weight.shape, other, like)
 
 
 def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: int) -> None:
@@ -355,7 +361,7 @@ def conv_bn_relu(
         x, weight = x.to(dtype), weight.to(dtype)
         residual = None if residual is None else residual.to(dtype)
         pointwise_weight = None if pointwise_weight is None else pointwise_weight.to(dtype)
-    out_channels = _check_conv(x, channels, weight, stride, groups, dilation)
+    out_channels = _check_conv("x", x, channels, weight, stride, groups, dilation)
     out_h, out_w = (h - 1) // stride + 1, (w - 1) // stride + 1
     count = n * out_h * out_w
     _check_bn(bn, "", x, out_channels, count)
@@ -366,10 +372,10 @@ def conv_bn_relu(
     if pointwise_weight is not None:
         if residual is not None:
             raise ValueError("pointwise_weight and residual must not be given together")
-        _check_1x1("pointwise_weight", pointwise_weight, out_channels, x)
+        _check_1x1("pointwise_weight", pointwise_weight, out_channels, "x", x)
     name = _backend(backend)
 
-    nhwc = _is_nhwc(x) or _is_nhwc(weight)
+    nhwc = any(_is_nhwc(t) for t in (x, weight, pointwise_weight) if t is not None)
     in_training = input_bn is not None and input_bn.training
     operands, in_operands = _operands(bn, x), _operands(input_bn, x)
     if not (bn.training or in_training) and not _needs_gradient(
@@ -438,7 +444,7 @@ def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None =
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     _check_int("stride", stride)
-    _check_1x1("weight", weight, x.shape[1], x)
+    _check_1x1("weight", weight, x.shape[1], "x", x)
     name = _backend(backend)
     if not (_is_nhwc(x) or _is_nhwc(weight)):
         return torch.conv2d(x, weight, None, stride)
@@ -593,12 +599,27 @@ def bottleneck(
     Raises:
         As `conv_bn_relu` and `bn_relu`.
     """
+    n, channels, h, w = _check_image("z", z)
+    dtype = _autocast_dtype(z)
+    if dtype is not None:
+        z, weight, pointwise_weight = (t.to(dtype) for t in (z, weight, pointwise_weight))
+    residual = residual.to(z.dtype)
+    _check_conv("z", z, channels, weight, stride, groups, dilation)
+    out_h, out_w = (h - 1) // stride + 1, (w - 1) // stride + 1
+    count = n * out_h * out_w
+    _check_bn(bn1, "bn1.", z, channels, n * h * w)
+    _check_bn(bn2, "bn2.", z, weight.shape[0], count)
+    _check_1x1("pointwise_weight", pointwise_weight, weight.shape[0], "z", z)
+    out_channels = pointwise_weight.shape[0]
+    _check_bn(bn3, "bn3.", z, out_channels, count)
+    if residual_bn is not None:
+        _check_bn(residual_bn, "residual_bn.", z, out_channels, count)
+    _check_like("residual", residual, (n, out_channels, out_h, out_w), "z", z)
+
     states = [bn for bn in (bn1, bn2, bn3, residual_bn) if bn is not None]
     vectors = [vector for bn in states for vector in (bn.gamma, bn.beta)]
-    separate = (
-        any(bn.training for bn in states)
-        or _needs_gradient(z, weight, pointwise_weight, residual, *vectors)
-        or _autocast_dtype(z) is not None
+    separate = any(bn.training for bn in states) or _needs_gradient(
+        z, weight, pointwise_weight, residual, *vectors
     )
     t = conv_bn_relu(
         z,
@@ -611,16 +632,8 @@ def bottleneck(
         dilation=dilation,
         backend=backend,
     )
-    residual = residual.to(t.dtype)
     if separate:
         return bn_relu(t, bn3, residual=residual, residual_bn=residual_bn, backend=backend)
-    n, channels, h, w = t.shape
-    _check_1x1("pointwise_weight", pointwise_weight, channels, t)
-    out_channels = pointwise_weight.shape[0]
-    _check_bn(bn3, "bn3.", t, out_channels, 0)
-    _check_like("residual", residual, (n, out_channels, h, w), "z", t)
-    if residual_bn is not None:
-        _check_bn(residual_bn, "residual_bn.", t, out_channels, 0)
     nhwc = _is_nhwc(t) or _is_nhwc(pointwise_weight)
     y = ops.conv1x1_bn_relu_eval(
         t,

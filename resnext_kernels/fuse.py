@@ -33,6 +33,7 @@ from .modules import (
     batch_norm_relu_max_pool,
     conv1x1,
     conv_bn_relu,
+    why_not_bypass,
     why_not_conv,
     why_not_norm,
 )
@@ -79,19 +80,6 @@ def _type(module: nn.Module | None) -> str:
     return "nothing" if module is None else type(module).__name__
 
 
-def _why_not_bypass(module: nn.Module) -> str | None:
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "it has hooks, which would not be called"
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    return None
-
-
 def _why_not_conv(conv: nn.Module | None) -> str | None:
     """For a 3x3 convolution, and for a 1x1 one as far as its weight goes."""
     if type(conv) is not nn.Conv2d:
@@ -100,7 +88,7 @@ def _why_not_conv(conv: nn.Module | None) -> str | None:
         return f"{_type(conv)} is not Conv2d"
     if "weight" not in conv._parameters:
         return "its weight is computed by a hook (pruning, weight norm, spectral norm)"
-    return _why_not_bypass(conv)
+    return why_not_bypass(conv)
 
 
 def _why_not_conv3x3(conv: nn.Module | None) -> str | None:
@@ -113,14 +101,14 @@ def _why_not_bn(bn: nn.Module | None) -> str | None:
         or type(bn) is nn.SyncBatchNorm
         or _name(bn) == "torchvision.ops.misc.FrozenBatchNorm2d"
     ):
-        return _why_not_bypass(bn)  # type: ignore[arg-type]
+        return why_not_bypass(bn)  # type: ignore[arg-type]
     return f"{_type(bn)} is not BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d"
 
 
 def _why_not_relu(act: nn.Module | None) -> str | None:
     if type(act) is not nn.ReLU:
         return f"{_type(act)} is not ReLU"
-    return _why_not_bypass(act)
+    return why_not_bypass(act)
 
 
 def _why_not_max_pool(pool: nn.Module | None) -> str | None:
@@ -128,7 +116,7 @@ def _why_not_max_pool(pool: nn.Module | None) -> str | None:
         return f"{_type(pool)} is not MaxPool2d"
     if pool.return_indices:
         return "it returns indices"
-    return _why_not_bypass(pool)
+    return why_not_bypass(pool)
 
 
 def _why_not_shortcut(downsample: nn.Module | None) -> str | None:
@@ -136,12 +124,12 @@ def _why_not_shortcut(downsample: nn.Module | None) -> str | None:
     if type(downsample) is nn.Sequential and len(downsample._modules) == 2:
         _, bn = downsample._modules.values()
         if why_not_norm(bn) is None:
-            return _why_not_bypass(downsample) or _why_not_bn(bn)
+            return why_not_bypass(downsample) or _why_not_bn(bn)
     return None
 
 
 def _is_absent(module: nn.Module | None) -> bool:
-    return module is None or (type(module) is nn.Identity and _why_not_bypass(module) is None)
+    return module is None or (type(module) is nn.Identity and why_not_bypass(module) is None)
 
 
 def _why_not_absent(module: nn.Module | None) -> str | None:
@@ -325,7 +313,7 @@ class _TimmConvNormAct(_FusedBlock):
             return f"bn: {_type(bn)} is not a BatchNormAct2d"
         return _first(
             ("conv", _why_not_conv3x3(layers.get("conv"))),
-            ("bn", _why_not_bypass(bn)),
+            ("bn", why_not_bypass(bn)),
             ("bn.drop", _why_not_absent(bn._modules.get("drop"))),
             ("bn.act", _why_not_relu(bn._modules.get("act"))),
         )

@@ -19,6 +19,7 @@ __all__ = [
     "batch_norm_relu_max_pool",
     "conv1x1",
     "conv_bn_relu",
+    "why_not_bypass",
     "why_not_conv",
     "why_not_norm",
 ]
@@ -65,6 +66,20 @@ def why_not_conv(conv: nn.Module) -> str | None:
         return f"its padding {conv.padding} is not its dilation {conv.dilation}"
     if conv.padding_mode != "zeros":
         return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
+    return None
+
+
+def why_not_bypass(module: nn.Module) -> str | None:
+    """None where `module` may be computed without calling it, else the reason."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "it has hooks, which would not be called"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
     return None
 
 
@@ -140,8 +155,8 @@ def conv_bn_relu(
 
 
 def conv1x1(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv(x), without calling its hooks where it is nothing but a dense 1x1 convolution."""
-    if not _is_pointwise(conv):
+    """conv(x), by `functional.conv1x1` where it is nothing but a dense one and nothing hooks in."""
+    if not _is_pointwise(conv) or why_not_bypass(conv) is not None:
         return conv(x)
     assert isinstance(conv, nn.Conv2d)
     return functional.conv1x1(x, conv.weight, stride=conv.stride[0])
@@ -317,8 +332,8 @@ class FusedGroupedBottleneck(nn.Module):
         TypeError: If `norm_layer` makes another kind of module.
         ValueError: On a call, if x has not `inplanes` channels or `downsample(x)` not y's shape.
 
-    Hooks on the convolutions and the BatchNorms (those of `downsample` too, where it is a 1x1
-    convolution and a BatchNorm) are not called.
+    Hooks on conv2, conv3 and the BatchNorms (that of `downsample` too, where it is a convolution
+    and a BatchNorm) are not called.
 
     Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017,
     Fig. 3c; stride in the 3x3 convolution as in torchvision.

@@ -1082,8 +1082,9 @@ def _conv_bn_relu_backward_flops(dy: Any, x: Any, weight: Any, z: Any, *args: An
     return flops
 
 
-@register_flop_formula(torch.ops.resnext_kernels.conv1x1)
-@register_flop_formula(torch.ops.resnext_kernels.conv1x1_bn_relu_eval)
+@register_flop_formula(
+    [torch.ops.resnext_kernels.conv1x1, torch.ops.resnext_kernels.conv1x1_bn_relu_eval]
+)
 def _conv1x1_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return conv_flop_count(x, weight, out_shape)
 

@@ -458,3 +458,153 @@ def test_odd_values_stay_in_their_group(case: Case, value: float, target: Target
     (reached,) = torch.autograd.grad(z, a, (~t.dy.isfinite()).double())
     assert torch.equal(dx.isfinite(), reached == 0)
     assert dweight.shape == t.weight.shape
+
+
+# the dense 1x1 convolution ---------------------------------------------------------------------
+
+# (K, C, 1, 1), written as the dense 3x3 convolution between the same shapes. On `cpu` float32 with
+# C and K multiples of 16 is compiled: around 32-wide panels, parts of 256 columns, 128 pixels.
+CASES_1X1 = [
+    Case(2, 64, 7, 9, groups=1, k=256),
+    Case(1, 256, 6, 7, groups=1, k=64, stride=2),
+    Case(1, 48, 5, 5, groups=1, k=80, stride=2),
+    Case(3, 272, 4, 3, groups=1, k=528),
+    Case(1, 16, 12, 13, groups=1, k=48),
+    Case(2, 32, 9, 10, groups=1, k=48, stride=3),
+    # channels that are no multiples of 16
+    Case(1, 20, 5, 6, groups=1, k=36),
+    Case(2, 32, 7, 8, groups=1, k=17, stride=2),
+    Case(1, 17, 3, 3, groups=1, k=32),
+    Case(2, 1, 4, 5, groups=1, k=16),
+    Case(2, 16, 4, 5, groups=1, k=1),
+    # one pixel, two pixels, no image, a result that is written past the cache
+    Case(2, 64, 1, 1, groups=1, k=32),
+    Case(2, 64, 2, 2, groups=1, k=32, stride=2),
+    Case(0, 64, 5, 5, groups=1, k=32),
+    Case(0, 32, 5, 5, groups=1, k=64, stride=2),
+    Case(1, 16, 96, 96, groups=1, k=256),
+    Case(1, 256, 96, 96, groups=1, k=16),
+]
+each_1x1 = cross(CASES_1X1)
+
+
+class Exact1x1(Exact):
+    """The same with a weight of (K, C, 1, 1), strided for either memory format."""
+
+    def __init__(self, case: Case, target: Target) -> None:
+        depthwise = Case(case.n, case.c, case.h, case.w, groups=case.c)
+        target.require(depthwise)  # as the operators choose a backend
+        super().__init__(case, target)
+        self.weight = self.integers(2, case.k, case.c, 1, 1).to(target.dtype)
+        if (case.c + case.w) % 2:
+            strides = (case.c, 1, case.c, case.c)
+            self.weight = self.weight.as_strided(self.weight.shape, strides)
+
+    def conv(self, x: Tensor) -> Tensor:
+        return conv1x1(x, self.weight.double(), self.case.stride)
+
+    def stored(self, z: Tensor) -> Tensor:
+        """z as it is between two steps: only float32 and float64 hold it exactly."""
+        return z.to(self.target.dtype).double()
+
+
+def conv1x1(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return torch.einsum("kc,nchw->nkhw", weight[:, :, 0, 0], x[:, :, ::stride, ::stride])
+
+
+@each_1x1
+def test_conv1x1(case: Case, target: Target) -> None:
+    t = Exact1x1(case, target)
+    for prologue in BOTH:
+        z = target.module.conv1x1(t.x, t.weight, prologue=t.prologue(prologue), stride=case.stride)
+        assert_exactly(f"z, {prologue=}", z, t.conv(t.activation(prologue)), target.dtype)
+        assert_channels_last("z", z)
+
+
+@each_1x1
+def test_conv1x1_affine_relu(case: Case, target: Target) -> None:
+    if case.stride != 1:
+        pytest.skip("the contract has stride 1 alone")
+    t = Exact1x1(case, target)
+    alone = affine(t.stored(t.conv(t.x.double())), t.scale, t.shift)
+    residual, res_affine = t.residual.double(), (t.res_scale, t.res_shift)
+    for kwargs, pre in (
+        ({}, alone),
+        ({"residual": t.residual}, alone + residual),
+        (
+            {"residual": t.residual, "residual_affine": res_affine},
+            alone + affine(residual, *res_affine),
+        ),
+    ):
+        y = target.module.conv1x1_affine_relu(t.x, t.weight, t.scale, t.shift, **kwargs)
+        assert_exactly(f"y of {list(kwargs)}", y, F.relu(pre), target.dtype)
+        assert_channels_last("y", y)
+
+
+@each_1x1
+def test_conv1x1_backward(case: Case, target: Target) -> None:
+    """dx and dweight, together and each alone; exact zeros where the stride steps over x."""
+    t = Exact1x1(case, target)
+    half = target.dtype in (torch.bfloat16, torch.float16)  # torch's own, see `by_torch`
+    for prologue in BOTH:
+        a, weight = t.activation(prologue).requires_grad_(), t.weight.double().requires_grad_()
+        truth = torch.autograd.grad(conv1x1(a, weight, case.stride), [a, weight], t.dy.double())
+        peer: tuple[Tensor | None, ...] = (None, None)
+        if half:
+            leaves = [v.detach().to(target.dtype).requires_grad_() for v in (a, weight)]
+            z = F.conv2d(*leaves, None, case.stride)
+            peer = torch.autograd.grad(z, leaves, t.dy)
+        for need_dx, need_dweight in ((True, True), (True, False), (False, True), (False, False)):
+            dx, dweight = target.module.conv1x1_backward(
+                t.dy,
+                t.x,
+                t.weight,
+                prologue=t.prologue(prologue),
+                stride=case.stride,
+                need_dx=need_dx,
+                need_dweight=need_dweight,
+            )
+            name = f"{prologue=}, {need_dx=}, {need_dweight=}"
+            assert (dx is None, dweight is None) == (not need_dx, not need_dweight)
+            if need_dx:
+                assert_exactly(f"dx, {name}", dx, truth[0], target.dtype, peer[0])
+                assert_channels_last("dx", dx)
+            if need_dweight:
+                assert weight_format(dweight) is not None
+                assert_exactly(f"dweight, {name}", dweight, truth[1], target.dtype, peer[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@cross(CASES_1X1[:3])
+def test_conv1x1_odd_values(case: Case, value: float, target: Target) -> None:
+    """NaN and Inf reach what they are multiplied into, and no other pixel or channel."""
+    t = Exact1x1(case, target)
+    f, s = target.module, case.stride
+    k, c = case.k // 2, case.c // 3
+    x, dy, weight = t.x.clone(), t.dy.clone(), t.weight.clone()
+    x[0, c, s, s] = dy[0, k, 1, 1] = weight[k, c, 0, 0] = value
+    pixel = torch.zeros(case.out_shape, dtype=torch.bool, device=x.device)
+    pixel[0, :, 1, 1] = True
+    assert torch.equal(~f.conv1x1(x, t.weight, stride=s).isfinite(), pixel)
+    z = f.conv1x1(t.x, weight, stride=s)
+    assert torch.equal(~z.isfinite().all((0, 2, 3)), torch.arange(case.k, device=x.device) == k)
+    dx, dweight = f.conv1x1_backward(dy, t.x, t.weight, stride=s)
+    pixel = torch.zeros_like(x, dtype=torch.bool)
+    pixel[0, :, s, s] = True
+    assert torch.equal(~dx.isfinite(), pixel)
+    row = torch.arange(case.k, device=x.device)[:, None, None, None] == k
+    assert torch.equal(~dweight.isfinite(), row.expand_as(dweight))
+
+
+@cross(CASES_1X1[:1])
+def test_conv1x1_leaves_inputs_alone(case: Case, target: Target) -> None:
+    t, f = Exact1x1(case, target), target.module
+    tensors = [v for v in vars(t).values() if isinstance(v, Tensor)]
+    before = [v.clone() for v in tensors]
+    prologue, res_affine = (t.in_scale, t.in_shift), (t.res_scale, t.res_shift)
+    f.conv1x1(t.x, t.weight, prologue=prologue)
+    f.conv1x1_affine_relu(
+        t.x, t.weight, t.scale, t.shift, residual=t.residual, residual_affine=res_affine
+    )
+    f.conv1x1_backward(t.dy, t.x, t.weight, prologue=prologue)
+    assert all(torch.equal(v, b) for v, b in zip(tensors, before, strict=True))

@@ -15,6 +15,8 @@ from resnext_kernels.functional import (
     BatchNormState,
     bn_relu,
     bn_relu_max_pool,
+    bottleneck,
+    conv1x1,
     conv_bn_relu,
     grouped_conv_bn_relu,
 )
@@ -161,6 +163,10 @@ for vector in ("gamma", "beta", "running_mean", "running_var"):
     }
 
 
+FUNCTIONS = ("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats", "conv1x1")
+FUNCTIONS += ("conv1x1_affine_relu", "bn_affine", "bn_vectors")
+
+
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """No function of any backend may be reached."""
@@ -171,10 +177,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in backends.NAMES:
         module = Target(name, torch.float32).module
-        for function in (
-            *("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats"),
-            *("bn_affine", "bn_vectors"),
-        ):
+        for function in FUNCTIONS:
             monkeypatch.setattr(module, function, unreachable)
 
 
@@ -260,6 +263,142 @@ def test_bad_argument_around_the_convolution(name: str) -> None:
         function(torch.randn(2, 16, 5, 6))
     missing = [word for word in words if word not in str(raised.value)]
     assert not missing, f"{raised.value} lacks {missing}"
+
+
+BAD_1X1: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
+    "x of rank 3": ({"x": torch.randn(16, 5, 6)}, ValueError, ["x ", "(16, 5, 6)", "4 dim"]),
+    "x of integers": (
+        {"x": torch.ones(2, 16, 5, 6, dtype=torch.int64)},
+        TypeError,
+        ["x ", "int64", "float32"],
+    ),
+    "weight of rank 2": (
+        {"weight": torch.randn(32, 16)},
+        ValueError,
+        ["weight", "(32, 16)", "(K, 16, 1, 1)"],
+    ),
+    "weight of other channels": (
+        {"weight": torch.randn(32, 8, 1, 1)},
+        ValueError,
+        ["weight", "(32, 8, 1, 1)", "(K, 16, 1, 1)"],
+    ),
+    "weight of 3x3": ({"weight": torch.randn(32, 16, 3, 3)}, ValueError, ["weight", "3, 3"]),
+    "weight without channels": (
+        {"weight": torch.randn(0, 16, 1, 1)},
+        ValueError,
+        ["weight", "(0, 16, 1, 1)"],
+    ),
+    "weight of another dtype": (
+        {"weight": torch.randn(32, 16, 1, 1).half()},
+        TypeError,
+        ["weight", "float16", "float32"],
+    ),
+    "weight on another device": (
+        {"weight": torch.randn(32, 16, 1, 1, device="meta")},
+        ValueError,
+        ["weight", "meta", "cpu"],
+    ),
+    "stride 0": ({"stride": 0}, ValueError, ["stride", "0", "at least 1"]),
+    "stride a pair": ({"stride": (2, 2)}, TypeError, ["stride", "(2, 2)", "int"]),
+    "unknown backend": ({"backend": "gpu"}, ValueError, ["backend", "'gpu'", "'cpu'"]),
+}
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", BAD_1X1)
+def test_bad_argument_of_conv1x1(name: str, memory_format: torch.memory_format) -> None:
+    changes, error, words = BAD_1X1[name]
+    x = torch.randn(2, 16, 5, 6).contiguous(memory_format=memory_format)
+    kwargs: dict[str, Any] = {"x": x, "weight": torch.randn(32, 16, 1, 1)} | changes
+    with pytest.raises(error) as raised:
+        conv1x1(**kwargs)
+    assert type(raised.value) is error
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def bottleneck_arguments(training: bool) -> dict[str, Any]:
+    """A good call: 16 to 24 channels in 8 groups, then 32."""
+
+    def bn(channels: int) -> BatchNormState:
+        vectors = [torch.zeros(channels), torch.ones(channels)]
+        return BatchNormState(torch.rand(channels), torch.rand(channels), *vectors, training)
+
+    return {
+        "z": torch.randn(2, 16, 5, 6),
+        "bn1": bn(16),
+        "weight": torch.randn(24, 2, 3, 3),
+        "bn2": bn(24),
+        "pointwise_weight": torch.randn(32, 24, 1, 1),
+        "bn3": bn(32),
+        "residual": torch.randn(2, 32, 5, 6),
+        "residual_bn": bn(32),
+        "groups": 8,
+    }
+
+
+BAD_BOTTLENECK: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
+    "z of rank 3": ({"z": torch.randn(16, 5, 6)}, ValueError, ["z ", "(16, 5, 6)", "4 dim"]),
+    "z of integers": (
+        {"z": torch.ones(2, 16, 5, 6, dtype=torch.int64)},
+        TypeError,
+        ["z ", "int64", "float32"],
+    ),
+    "groups that do not divide": ({"groups": 5}, ValueError, ["groups", "16 channels of z", "5"]),
+    "weight of 1x1": ({"weight": torch.randn(24, 2, 1, 1)}, ValueError, ["weight", "3, 3", "of z"]),
+    "weight of another dtype": (
+        {"weight": torch.randn(24, 2, 3, 3).double()},
+        TypeError,
+        ["weight", "z's", "float64"],
+    ),
+    "pointwise_weight of other channels": (
+        {"pointwise_weight": torch.randn(32, 16, 1, 1)},
+        ValueError,
+        ["pointwise_weight", "(32, 16, 1, 1)", "(K, 24, 1, 1)"],
+    ),
+    "pointwise_weight of another dtype": (
+        {"pointwise_weight": torch.randn(32, 24, 1, 1).double()},
+        TypeError,
+        ["pointwise_weight", "z's", "float64", "float32"],
+    ),
+    "residual at full size with stride 2": (
+        {"stride": 2},
+        ValueError,
+        ["residual", "(2, 32, 3, 3)", "(2, 32, 5, 6)"],
+    ),
+    "residual on another device": (
+        {"residual": torch.randn(2, 32, 5, 6, device="meta")},
+        ValueError,
+        ["residual", "meta", "cpu"],
+    ),
+    "stride 0": ({"stride": 0}, ValueError, ["stride", "0", "at least 1"]),
+    "unknown backend": ({"backend": "gpu"}, ValueError, ["backend", "'gpu'", "'cpu'"]),
+}
+for number, size in (("bn1", 16), ("bn2", 24), ("bn3", 32), ("residual_bn", 32)):
+    bad_bn = BatchNormState(torch.rand(5), None, torch.zeros(size), torch.ones(size))
+    BAD_BOTTLENECK[f"gamma of {number}"] = (
+        {number: bad_bn},
+        ValueError,
+        [f"{number}.gamma", "(5,)", f"({size},)"],
+    )
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", BAD_BOTTLENECK)
+def test_bad_argument_of_bottleneck(name: str, training: bool) -> None:
+    changes, error, words = BAD_BOTTLENECK[name]
+    kwargs = bottleneck_arguments(training) | changes
+    with pytest.raises(error) as raised:
+        bottleneck(**kwargs)
+    assert type(raised.value) is error
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert not kwargs["bn1"].running_mean.any(), "running statistics changed before the error"
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_good_bottleneck_is_good(training: bool) -> None:
+    assert bottleneck(**bottleneck_arguments(training)).shape == (2, 32, 5, 6)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "residual"])

@@ -205,7 +205,7 @@ inline void weight_tile(int64_t pixels, const float* dz, const float* x, float* 
 inline void conv1x1_dweight(int64_t M, int64_t C, int64_t K, const float* dz, const float* x, Affine prologue,
                             float* dweight, int num_threads) {
   const int64_t blocks_c = ceil_div(C, kPart), blocks_k = ceil_div(K, kPart), blocks = blocks_c * blocks_k;
-  const int64_t chunks = ceil_div(M, kPixels);
+  const int64_t chunks = max(1, ceil_div(M, kPixels));  // one of no pixels writes zeros
   const int64_t splits = min(chunks, blocks >= 2 * num_threads ? 1 : ceil_div(4 * num_threads, blocks));
   const Scratch scratch(num_threads, (splits - 1) * K * C, 2 * kPixels * kPitch);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && blocks * splits > 1)
@@ -228,7 +228,7 @@ inline void conv1x1_dweight(int64_t M, int64_t C, int64_t K, const float* dz, co
           ahead.add(dz, 1, 1, M, K, next, k0, ks);
           ahead.add(x, 1, 1, M, C, next, c0, cs);
         }
-        const int64_t fetches = ceil_div(cs, kPanel) * (ks / kWeightRows) * ceil_div(pixels, kFetch);
+        const int64_t fetches = ceil_div(cs, kPanel) * (ks / kWeightRows) * max(1, ceil_div(pixels, kFetch));
         for (int64_t c = 0; c < cs; c += kPanel)
           for (int64_t k = 0; k < ks; k += kWeightRows)
             weight_tile(pixels, dz_rows + k, x_rows + c, out + k * C + c, C, cs - c > kLanes ? 2 : 1, chunk > begin,

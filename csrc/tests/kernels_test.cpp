@@ -704,6 +704,95 @@ void test_matrix(DType dtype, int64_t M, int64_t C, double offset) {
     }
 }
 
+// out[i][j] = sum over d < depth of left(i, d) * right(j, d), each with strides of its own.
+struct Strides {
+  size_t row, step;
+};
+Expected product(size_t rows, size_t depth, size_t columns, const Terms& left, Strides l, const Terms& right,
+                 Strides r) {
+  Terms sum(rows * columns);
+  for (size_t i = 0; i < rows; ++i)
+    for (size_t d = 0; d < depth; ++d) {
+      const double value = left.value[i * l.row + d * l.step], magnitude = left.magnitude[i * l.row + d * l.step];
+      for (size_t j = 0; j < columns; ++j) {
+        sum.value[i * columns + j] += value * right.value[j * r.row + d * r.step];
+        sum.magnitude[i * columns + j] += magnitude * right.magnitude[j * r.row + d * r.step];
+      }
+    }
+  return summed(sum, depth);
+}
+
+// Where NaN or Inf is among the terms the result is known exactly: one of them, or 0 behind the ReLU.
+void make_exact_where_infinite(Expected& e) {
+  for (double& bound : e.bound)
+    if (!std::isfinite(bound)) bound = 0;
+}
+
+// The dense 1x1 convolution in every variant. `poison` puts NaN and Inf into x, weight and dz.
+void test_conv1x1(int64_t M, int64_t C, int64_t K, bool poison = false) {
+  generator.seed(static_cast<unsigned>(passed));
+  const std::string problem =
+      "conv1x1 m" + std::to_string(M) + "-c" + std::to_string(C) + "-k" + std::to_string(K) + (poison ? "-poison" : "");
+  const Vectors bn(K), prologue(C);
+  vector<double> x = near_relu(DType::f32, M, prologue), weight = uniform(DType::f32, K * C),
+                 dz = uniform(DType::f32, M * K);
+  const vector<double> residual = uniform(DType::f32, M * K);
+  if (poison) {  // in different rows and columns of each
+    x[M / 2 * C + C - 1] = NAN;
+    x[M / 3 * C + C / 3] = INFINITY;
+    x[(M - 1) * C + C / 5] = -INFINITY;
+    weight[K / 2 * C + C / 4] = NAN;
+    weight[(K - 1) * C + C / 2] = INFINITY;
+    dz[M / 4 * K] = NAN;
+    dz[(M - 1) * K + K / 3] = -INFINITY;
+  }
+  const size_t m = M, c = C, k = K;
+  const Terms w = activation(weight, nullptr), g = activation(dz, nullptr);
+  Tensor x_tensor(DType::f32, x), weight_tensor(DType::f32, weight), dz_tensor(DType::f32, dz),
+      residual_tensor(DType::f32, residual), scale(DType::f32, bn.scale), shift(DType::f32, bn.shift),
+      in_scale(DType::f32, prologue.scale), in_shift(DType::f32, prologue.shift);
+  Tensor out(DType::f32, m * k), da(DType::f32, m * c), dweight(DType::f32, k * c);
+  Expected expected_da = product(m, k, c, g, {k, 1}, w, {1, c});
+  make_exact_where_infinite(expected_da);
+
+  for (const bool with_prologue : {false, true}) {
+    const Terms a = activation(x, with_prologue ? &prologue : nullptr);
+    const Affine in = with_prologue ? affine(&in_scale, &in_shift) : Affine{};
+    Expected z = product(m, c, k, a, {c, 1}, w, {c, 1}), expected_dweight = product(k, m, c, g, {1, k}, a, {1, c});
+    make_exact_where_infinite(z);
+    make_exact_where_infinite(expected_dweight);
+    for (auto table = cpu::supported_kernels(); *table != nullptr; ++table)
+      for (const int threads : kThreads) {
+        const std::string where = std::string(" ") + (*table)->isa + " threads " + std::to_string(threads) +
+                                  (with_prologue ? " prologue" : "");
+        for (const int variant : {0, 1, 2}) {  // z, y, y with a residual
+          const std::string name = problem + where + " variant " + std::to_string(variant);
+          Expected expected = z;
+          if (variant != 0) expected = normalized(z, bn, variant == 2 ? residual : vector<double>(), nullptr);
+          make_exact_where_infinite(expected);
+          out.poison();
+          (*table)->conv1x1(M, C, K, x_tensor.floats(), in, weight_tensor.floats(),
+                            variant != 0 ? affine(&scale, &shift) : Affine{},
+                            variant == 2 ? residual_tensor.floats() : nullptr, out.floats(), threads);
+          check(name, out, expected);
+          check_intact(name, {&x_tensor, &weight_tensor, &scale, &shift, &residual_tensor, &in_scale, &in_shift, &out});
+        }
+        for (const int needed : {1, 2, 3}) {
+          const bool need_da = (needed & 1) != 0, need_dweight = (needed & 2) != 0;
+          const std::string name = problem + " backward" + where + " needed " + std::to_string(needed);
+          da.poison();
+          dweight.poison();
+          (*table)->conv1x1_backward(M, C, K, dz_tensor.floats(), need_dweight ? x_tensor.floats() : nullptr, in,
+                                     weight_tensor.floats(), need_da ? da.floats() : nullptr,
+                                     need_dweight ? dweight.floats() : nullptr, threads);
+          if (need_da) check(name + " da", da, expected_da);
+          if (need_dweight) check(name + " dweight", dweight, expected_dweight);
+          check_intact(name, {&x_tensor, &weight_tensor, &dz_tensor, &in_scale, &in_shift, &da, &dweight});
+        }
+      }
+  }
+}
+
 // The same bits from run to run at one thread count, also while other threads compute something else.
 void test_repeatable() {
   const ConvProblem p{2, 15, 17, 64, 64, 16, 1, 1, DType::f32};
@@ -711,8 +800,11 @@ void test_repeatable() {
   const size_t count = p.N * p.H * p.W * p.C;
   Tensor x(p.dtype, uniform(p.dtype, count)), weight(p.dtype, uniform(p.dtype, p.K * p.din() * 9)),
       dy(p.dtype, uniform(p.dtype, count));
+  constexpr int64_t m = 392, c = 48, k = 272;  // of the dense 1x1 convolution
+  Tensor x1(p.dtype, uniform(p.dtype, m * c)), weight1(p.dtype, uniform(p.dtype, k * c)),
+      dz1(p.dtype, uniform(p.dtype, m * k));
   struct Result {
-    Tensor z, mean, var, dx, dweight;
+    Tensor z, mean, var, dx, dweight, z1{DType::f32, m*k}, dx1{DType::f32, m*c}, dweight1{DType::f32, k*c};
     explicit Result(const ConvProblem& p)
         : z(p.dtype, rows(p) * p.K),
           mean(DType::f32, p.K),
@@ -722,7 +814,8 @@ void test_repeatable() {
     bool operator==(Result& other) {
       const auto same = [](Tensor& s, Tensor& t) { return std::memcmp(s.data(), t.data(), s.bytes()) == 0; };
       return same(z, other.z) && same(mean, other.mean) && same(var, other.var) && same(dx, other.dx) &&
-             same(dweight, other.dweight);
+             same(dweight, other.dweight) && same(z1, other.z1) && same(dx1, other.dx1) &&
+             same(dweight1, other.dweight1);
     }
   };
   for (auto table = cpu::supported_kernels(); *table != nullptr; ++table) {
@@ -731,6 +824,9 @@ void test_repeatable() {
       gradient.dy = dy.data();
       (*table)->conv_stats(p, x.data(), weight.data(), Affine{}, r.z.data(), r.mean.floats(), r.var.floats(), threads);
       (*table)->conv_backward(p, gradient, x.data(), Affine{}, weight.data(), r.dx.data(), r.dweight.data(), threads);
+      (*table)->conv1x1(m, c, k, x1.floats(), {}, weight1.floats(), {}, nullptr, r.z1.floats(), threads);
+      (*table)->conv1x1_backward(m, c, k, dz1.floats(), x1.floats(), {}, weight1.floats(), r.dx1.floats(),
+                                 r.dweight1.floats(), threads);
     };
     for (const int threads : {1, 2, 3}) {
       const std::string name = std::string((*table)->isa) + " threads " + std::to_string(threads);
@@ -873,6 +969,15 @@ int main(int argc, char** argv) {
     test_matrix(dtype, 301, 64, -64);
   }
   for (const int64_t c : {1, 3, 16, 17, 130}) test_vectors(c);
+  // rows around whole tiles (6 and 14), and chunks of 128; channels around panels, parts of 256, and blocks of panels
+  const int64_t matrices[][3] = {{1, 16, 16},    {13, 32, 48},  {129, 256, 32}, {15, 80, 32},   {392, 16, 272},
+                                 {0, 32, 48},    {14, 48, 80},  {49, 272, 256}, {30, 528, 528}, {1000, 48, 112},
+                                 {13, 1040, 16}, {1, 528, 528}, {128, 288, 16}, {28, 528, 272}, {127, 32, 256},
+                                 {7, 16, 1040},  {257, 64, 64}, {14, 272, 528}, {6, 256, 512},  {49, 112, 16}};
+  for (size_t i = 0; i < std::size(matrices); i += every) test_conv1x1(matrices[i][0], matrices[i][1], matrices[i][2]);
+  test_conv1x1(29, 48, 80, true);
+  test_conv1x1(150, 272, 32, true);
+  test_conv1x1(13, 32, 288, true);
   test_repeatable();
   test_multiply_adds();
   std::printf("%d passed, %d failed\n", passed, failed);
