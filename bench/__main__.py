@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 try:
-    from bench import cases, peers, report, sweep, timing
+    from bench import cases, modelled, peers, report, sweep, timing
 except ModuleNotFoundError as error:
     sys.exit(f"python -m bench needs {error.name}: pip install '.[bench]'")
 from bench.cases import Case
+from resnext_kernels.backends import tuning
 
 ROOT = Path(__file__).parent.parent
 EPILOG = """\
@@ -28,8 +29,9 @@ suites:
   sweep   the whole picture of the device, or the product of the axes given (default)
   bars    the layers, families and networks that have a speed-up to reach on two CPU threads
   quick   every level, pass and series, in less than two minutes on two cores
-  gpu     the tests, compute-sanitizer where it is installed, then the sweep on the CUDA device;
-          without a device it says what it skips
+  gpu     all that needs a GPU, in one call: the tests, compute-sanitizer where it is installed,
+          then the sweep on the CUDA device with the Triton kernels autotuned
+          (RESNEXT_KERNELS_AUTOTUNE=0: not); without a device it says what it skips
 
 peers:
 {peers}
@@ -195,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument(
         "--readme",
         action="store_true",
-        help="rewrite README's tables from the reports in bench/results",
+        help="rewrite README's tables from the files in bench/results",
     )
     return p
 
@@ -327,8 +329,11 @@ def gpu_tests(rows: list[Case]) -> int | None:
     """Run the test suite on the GPU machine; None, after saying what is skipped, without a GPU."""
     if not torch.cuda.is_available():
         print("no CUDA device here. Skipped:")
-        print("  the tests of the triton and cuda backends on a device")
-        print("  compute-sanitizer on the cuda backend's kernels")
+        print(
+            "  the tests of the triton and cuda backends on a device, tests/test_gpu.py among them"
+        )
+        print("  compute-sanitizer on the kernels of both")
+        print("  autotuning of the triton backend's kernels")
         print(f"  {len(rows)} rows of the sweep (--suite gpu --list prints them)")
         print("Run the same command on a machine with a GPU.")
         return None
@@ -341,10 +346,18 @@ def gpu_tests(rows: list[Case]) -> int | None:
     for tool in ("memcheck", "racecheck", "initcheck"):
         print(f"compute-sanitizer, {tool}:", flush=True)
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-        tests_of_cuda = ["tests/test_backend_functions.py", "-k", "f16-cuda"]
-        command = [*sanitizer, *tests, *tests_of_cuda]
-        status = max(status, subprocess.run(command, cwd=ROOT, check=False).returncode)
+        of_kernels = ["tests/test_backend_functions.py", "-k", "f16-cuda or f16-triton"]
+        command = [*sanitizer, *tests, *of_kernels]
+        # each tensor an allocation of its own: an access past its end is then seen
+        own = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        status = max(status, subprocess.run(command, cwd=ROOT, env=own, check=False).returncode)
     return status
+
+
+def with_tables(readme: str) -> str:
+    """README with the tables of bench/results: measured, and modelled."""
+    readme = report.rewrite_readme(readme, "bench", report.readme_block(report.committed()))
+    return report.rewrite_readme(readme, "modelled", modelled.readme_block(modelled.kept()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -366,8 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.readme:
             readme = ROOT / "README.md"
-            block = report.readme_block(report.committed())
-            readme.write_text(report.rewrite_readme(readme.read_text(), block))
+            readme.write_text(with_tables(readme.read_text()))
             print(f"wrote {readme}")
             return 0
     except ValueError as error:
@@ -383,6 +395,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tested = gpu_tests(rows) if args.suite == "gpu" else 0
     if tested is None:
         return 0
+    if args.suite == "gpu":
+        os.environ.setdefault("RESNEXT_KERNELS_AUTOTUNE", "1")
+        print(f"autotuned configurations are kept in {tuning.directory()}")
     return max(tested, measure(args, rows, method(args, where), path))
 
 

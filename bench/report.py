@@ -15,7 +15,6 @@ from bench.sweep import SCHEMA, Row
 
 Report = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def save(report: Report, path: Path) -> None:
@@ -356,9 +355,13 @@ def committed() -> list[tuple[str, Report]]:
     return [(path.name, load(path)) for path in paths if not path.name.startswith("modelled-")]
 
 
-def rewrite_readme(text: str, block: str) -> str:
-    """``text`` with the part between the markers replaced. ValueError when they are not there."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README needs one {BEGIN} and, after it, one {END}")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+def rewrite_readme(text: str, name: str, block: str) -> str:
+    """``text`` with the part between the markers of ``name`` replaced.
+
+    ValueError when they are not there.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README needs one {begin} and, after it, one {end}")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    return f"{head}{begin}\n{block}\n{end}{tail}"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bench import peers, timing
 from bench.cases import EQUAL_COMPLEXITY, Case, taps
 from bench.peers import OURS, Candidate, Workload
+from resnext_kernels.backends import tuning
 
 SCHEMA = 1
 BUSY = 0.05  # share of the time lost to others; the smallest speed-up that a bar asks for
@@ -219,6 +220,7 @@ def run(
     memory_kept = timing.keep_memory()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions may: the peak is TF32's
+    autotune = tuning.enabled(torch.device(method.device))
     started = time.monotonic()
     roofline = timing.Roofline(method)
     rows = []
@@ -247,7 +249,7 @@ def run(
         "commit": timing.commit(),
         "machine": timing.machine(),
         "versions": timing.versions(),
-        "method": asdict(method) | {"memory_kept": memory_kept},
+        "method": asdict(method) | {"memory_kept": memory_kept, "autotune": autotune},
         "roofline": roofline.as_json(),
         "absent": absent,
         "summary": summarise(rows),

@@ -360,11 +360,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that was measured, ``-dirty`` when tracked files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
-    folder = Path(__file__).parent
+    """The commit that was run, ``-dirty`` when tracked files, results apart, differ from it."""
+    root = Path(__file__).parents[1]
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", *command], cwd=root, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        head = git("rev-parse", "--short=12", "HEAD")
+        results = (":!bench/results", ":!README.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return f"{head}-dirty" if changed else head

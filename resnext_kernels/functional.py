@@ -337,7 +337,8 @@ def conv_bn_relu(
         y = conv1x1(y, pointwise_weight)               if given
 
     Equivalent to these steps by torch.nn.functional. Neither a nor the activation before the 1x1
-    convolution is saved for the backward pass; a is never in memory.
+    convolution is saved for the backward pass; the kernels of grouped convolutions make a where
+    they load x, so that it is never in memory.
 
     Args:
         x: (N, C, H, W); with `input_bn`, the output of a convolution.

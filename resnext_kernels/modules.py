@@ -243,8 +243,9 @@ class GroupedConvBNReLU(nn.Module):
         y, (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1).
 
     Raises:
-        ValueError: If `groups` does not divide `in_channels` and `out_channels`.
-        TypeError: If `norm_layer` makes another kind of module.
+        ValueError: If `groups` does not divide `in_channels` and `out_channels`; on a call, as
+            `functional.grouped_conv_bn_relu`.
+        TypeError: If `norm_layer` makes another kind of module; on a call, as there.
     """
 
     def __init__(
@@ -329,8 +330,10 @@ class FusedGroupedBottleneck(nn.Module):
 
     Raises:
         TypeError: If `norm_layer` makes another kind of module.
+        ValueError: On a call, if x has not `inplanes` channels or `downsample(x)` not y's shape.
 
-    Forward hooks on conv2, conv3 and the BatchNorms are not called.
+    Hooks on conv2, conv3 and the BatchNorms (that of `downsample` too, where it is a convolution
+    and a BatchNorm) are not called.
 
     Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017,
     Fig. 3c; stride in the 3x3 convolution as in torchvision.

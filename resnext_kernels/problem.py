@@ -23,7 +23,7 @@ class ConvProblem:
         groups: Groups that c and k are divided into.
         stride, dilation: Of the convolution.
         dtype: Of x, weight and the result.
-        device_type: "cpu", "cuda", ...
+        device_type, device_index: "cpu", "cuda", ..., and which of them; None: the current one.
         training: Whether the backward pass will be needed too.
 
     Raises:
@@ -42,6 +42,7 @@ class ConvProblem:
     dtype: torch.dtype = torch.float32
     device_type: str = "cpu"
     training: bool = False
+    device_index: int | None = None
 
     def __post_init__(self) -> None:
         if self.k is None:
@@ -70,9 +71,8 @@ class ConvProblem:
     ) -> ConvProblem:
         """The problem that these tensors pose."""
         n, c, h, w = x.shape
-        return cls(
-            n, h, w, c, weight.shape[0], groups, stride, dilation, x.dtype, x.device.type, training
-        )
+        k, on = weight.shape[0], x.device
+        return cls(n, h, w, c, k, groups, stride, dilation, x.dtype, on.type, training, on.index)
 
     @property
     def out_channels(self) -> int:

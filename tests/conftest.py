@@ -42,6 +42,7 @@ def poisoned() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs more than 10 GB of memory, skipped below that")
+    config.addinivalue_line("markers", "gpu: needs a GPU, skipped without one")
     for name, text in SLOW.items():
         config.addinivalue_line("markers", f"{name}: {text}; run by -m {name} alone")
 

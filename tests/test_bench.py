@@ -24,7 +24,7 @@ pytest.importorskip("tqdm", reason="the harness needs the extra [bench]")
 pytest.importorskip("cpuinfo", reason="the harness needs the extra [bench]")
 
 from bench import __main__ as cli
-from bench import cases, peers, report, sweep, timing
+from bench import cases, modelled, peers, report, sweep, timing
 from bench.cases import Case
 from bench.peers import OURS, Candidate, Workload
 
@@ -658,25 +658,25 @@ def test_missed_bar_is_marked() -> None:
 
 
 def test_readme_shows_the_committed_results() -> None:
-    committed = report.committed()
-    if not committed:
-        pytest.skip("no results in bench/results yet")
     text = (ROOT / "README.md").read_text()
-    assert report.rewrite_readme(text, report.readme_block(committed)) == text, (
-        "README's table is not that of bench/results: run python -m bench --readme"
+    assert report.committed()
+    assert all(modelled.kept().values())
+    assert cli.with_tables(text) == text, (
+        "README's tables are not those of bench/results: run python -m bench --readme"
     )
 
 
 def test_readme_block() -> None:
     result = full_report([made_row(case) for case in cases.bars() if case.level == "op"])
     block = report.readme_block([("cpu.json", result)])
-    text = f"head\n{report.BEGIN}\nold\n{report.END}\ntail\n"
-    new = report.rewrite_readme(text, block)
-    assert new == f"head\n{report.BEGIN}\n{block}\n{report.END}\ntail\n"
-    assert report.rewrite_readme(new, block) == new
+    text = "head\n<!-- bench:begin -->\nold\n<!-- bench:end -->\ntail\n"
+    new = report.rewrite_readme(text, "bench", block)
+    assert new == f"head\n<!-- bench:begin -->\n{block}\n<!-- bench:end -->\ntail\n"
+    assert report.rewrite_readme(new, "bench", block) == new
     assert "2.00x" in block
-    with pytest.raises(ValueError, match="README needs"):
-        report.rewrite_readme("no markers", block)
+    for wrong in ("no markers", text + text, "<!-- bench:end --><!-- bench:begin -->"):
+        with pytest.raises(ValueError, match="README needs"):
+            report.rewrite_readme(wrong, "bench", block)
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
@@ -742,6 +742,32 @@ def test_gpu_suite_says_what_it_skips(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "no CUDA device here. Skipped:" in text
     assert f"{len(cases.gpu())} rows" in text
+
+
+def test_gpu_suite_is_one_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests, compute-sanitizer on both backends, then the sweep, autotuned."""
+    done: list[str] = []
+
+    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess:
+        done.append(" ".join(command))
+        return subprocess.CompletedProcess(command, 0)
+
+    def measure(args: Any, rows: list[Case], how: timing.Method, path: Path) -> int:
+        done.append(f"{len(rows)} rows, autotune {os.environ['RESNEXT_KERNELS_AUTOTUNE']}")
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    monkeypatch.setattr(cli, "measure", measure)
+    monkeypatch.setenv("RESNEXT_KERNELS_AUTOTUNE", "")
+    monkeypatch.delenv("RESNEXT_KERNELS_AUTOTUNE")
+    assert cli.main(["--suite", "gpu", "--output", str(tmp_path / "gpu.json"), "--no-plots"]) == 0
+    tests, *sanitizers, sweep = done
+    assert tests.endswith("-m pytest -q")
+    assert [c.split()[2] for c in sanitizers] == ["memcheck", "racecheck", "initcheck"]
+    assert all("f16-cuda or f16-triton" in c for c in sanitizers)
+    assert sweep == f"{len(cases.gpu())} rows, autotune 1"
 
 
 def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

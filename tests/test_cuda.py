@@ -1,155 +1,37 @@
-"""The CUDA kernels without a GPU: their plans, their machine code, and their PTX run on the CPU.
+"""The CUDA kernels without a GPU: their plans and their machine code.
 
-The emulated tests are those of every backend (`test_backend_functions`), on the backend's own
-functions and plans; each launch is the compiled PTX run by ptxemu, which checks every access.
+`tests/test_emulated.py` runs their PTX.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import test_backend_functions as contract
 import torch
-from cases import CASES, FEW, Case, Target
+from cases import Case
+from test_emulated import SERVED, WIDE
 
-from bench import emulator, modelled_cuda
+from bench.emulator import DEVICES
 from resnext_kernels.backends import cuda
 from resnext_kernels.problem import ConvProblem
 
 _C = pytest.importorskip("resnext_kernels._C", reason="installed without the compiled library")
 
 F16, BF16 = torch.float16, torch.bfloat16
-# Strips of columns, blocks of channels that are not full, odd widths, more images than streams.
-WIDE = [
-    Case(3, 72, 5, 70, groups=18),
-    Case(3, 72, 5, 70, groups=18, stride=2),
-    Case(9, 96, 5, 7, groups=24),
-    Case(5, 112, 4, 9, groups=8, stride=2),
-]
-
-
-class Emulated(Target):
-    """The CUDA backend on CPU tensors."""
-
-    @property
-    def module(self) -> ModuleType:
-        return cuda
-
-    @property
-    def device(self) -> str:
-        return "cpu"
-
-    def require(self, case: Case) -> None:
-        reason = cuda._why_not_served(self.problem(case))
-        if reason is not None:
-            pytest.skip(reason)
-
-
-def served(case: Case, dtype: torch.dtype = F16) -> bool:
-    return cuda._why_not_served(Emulated("cuda", dtype).problem(case)) is None
-
-
-SERVED = [case for case in CASES if served(case)]
-
-
-@pytest.fixture
-def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
-    """With (dtype, device) as parameter; bounds, alignment, races and initialisation checked."""
-    reason = emulator.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    dtype, device = request.param
-    emulation = emulator.Emulator(device, check=("race", "init"))
-    with emulation.active():
-        yield Emulated("cuda", dtype)
-    assert emulation.launched, "no kernel ran"
-
-
-def each(cases: list[Case], *on: tuple[torch.dtype, str]) -> Callable:
-    pairs = list(itertools.product(cases, on))
-    names = {F16: "f16", BF16: "bf16"}
-    ids = [f"{case}-{names[dtype]}-{device}" for case, (dtype, device) in pairs]
-    return pytest.mark.parametrize(("case", "emulated"), pairs, ids=ids, indirect=["emulated"])
-
-
-# One multiprocessor makes a block walk through all images; two block sizes of shared memory.
-many = each(SERVED, (F16, "A100"))
-some = each(SERVED[1::4], (BF16, "single"))
-wide = each(WIDE, (F16, "single"), (BF16, "A100"))
-
-
-@pytest.mark.usefixtures("poisoned")
-class TestEmulated:
-    @many
-    def test_conv_affine_relu(self, case: Case, emulated: Emulated) -> None:
-        contract.test_conv_affine_relu(case, emulated)
-
-    @many
-    def test_conv_stats(self, case: Case, emulated: Emulated) -> None:
-        contract.test_conv_stats(case, emulated)
-
-    @many
-    def test_conv_backward(self, case: Case, emulated: Emulated) -> None:
-        contract.test_conv_backward(case, emulated)
-
-    @some
-    def test_all_convolutions(self, case: Case, emulated: Emulated) -> None:
-        self.all_convolutions(case, emulated)
-
-    @wide
-    def test_large_maps(self, case: Case, emulated: Emulated) -> None:
-        self.all_convolutions(case, emulated)
-
-    @staticmethod
-    def all_convolutions(case: Case, emulated: Emulated) -> None:
-        contract.test_conv_affine_relu(case, emulated)
-        contract.test_conv_stats(case, emulated)
-        contract.test_conv_backward(case, emulated)
-
-    @each(SERVED[::5], (F16, "A100"), (BF16, "single"))
-    def test_pointwise(self, case: Case, emulated: Emulated) -> None:
-        contract.test_batch_stats(case, emulated)
-        contract.test_normalize_relu(case, emulated)
-        contract.test_bn_relu_backward(case, emulated)
-        contract.test_bn_relu_input_gradient(case, emulated)
-        contract.test_nan_passes_the_relu(case, emulated)
-
-    @each([case for case in FEW if served(case)], (F16, "A100"), (BF16, "single"))
-    def test_statistics_and_inputs(self, case: Case, emulated: Emulated) -> None:
-        for offset in (0.0, 1e4, -3e5):
-            contract.test_statistics_of_a_large_mean(case, offset, emulated)
-        contract.test_inputs_are_left_alone(case, emulated)
-
-    @each([Case(1, 128, 28, 28, groups=32)], (F16, "A100"), (BF16, "single"))
-    def test_statistics_of_odd_maps(self, case: Case, emulated: Emulated) -> None:
-        contract.test_statistics_with_one_hot_pixel(300, emulated)
-        contract.test_statistics_of_many_images(emulated)
-
-    def test_the_emulator_sees_an_access_out_of_bounds(self) -> None:
-        """One row of the image less than the plan was told."""
-        ptxemu = pytest.importorskip("ptxemu")
-        if (reason := emulator.why_not()) is not None:
-            pytest.skip(reason)
-        x = torch.randn(1, 64, 8, 8, dtype=F16).contiguous(memory_format=torch.channels_last)
-        weight, vector = torch.randn(64, 4, 3, 3, dtype=F16), torch.ones(64)
-        emulation = emulator.Emulator()
-        real = emulation.ptr
-        emulation.ptr = lambda t: real(t[:, :, :-1] if t is x else t)
-        with emulation.active(), pytest.raises(ptxemu.PTXError, match="out of bounds"):
-            cuda.conv_affine_relu(x, weight, vector, vector, groups=16)
-
 
 # Plans ---------------------------------------------------------------------------------------
+
+
+def device_of(name: str) -> _C.CudaDevice:
+    return _C.CudaDevice(DEVICES[name].multiprocessors, DEVICES[name].shared_bytes)
 
 
 def problem_of(case: Case, dtype: torch.dtype = F16) -> _C.ConvProblem:
@@ -171,17 +53,16 @@ def plans_of(case: Case, device: _C.CudaDevice, dtype: torch.dtype) -> list[_C.C
     return plans
 
 
-@pytest.mark.parametrize("name", emulator.DEVICES)
+@pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=["f16", "bf16"])
 @pytest.mark.parametrize("case", SERVED + WIDE, ids=str)
 def test_plans_fit_the_device(case: Case, dtype: torch.dtype, name: str) -> None:
-    multiprocessors, shared_bytes = emulator.DEVICES[name]
-    device = _C.CudaDevice(multiprocessors, shared_bytes)
+    device, shared_bytes = device_of(name), DEVICES[name].shared_bytes
     for plan in plans_of(case, device, dtype):
         for launch in plan.launches:
             assert launch.kernel in KERNELS
             assert 0 < launch.shared_bytes <= shared_bytes or not launch.kernel.startswith("conv_")
-            assert launch.block in (256, 1024)
+            assert launch.block in range(128, 1025, 32)
             x, y, z = launch.grid
             assert 0 < x < 2**31
             assert 0 < y < 2**16
@@ -191,7 +72,7 @@ def test_plans_fit_the_device(case: Case, dtype: torch.dtype, name: str) -> None
 
 def test_a_plan_fills_the_device() -> None:
     """ResNeXt-50's layers at batch 32: at least 80 of the A100's 108 multiprocessors at work."""
-    device = _C.CudaDevice(*emulator.DEVICES["A100"])
+    device = device_of("A100")
     for c, size, stride in ((128, 56, 1), (256, 56, 2), (256, 28, 1), (512, 14, 1), (1024, 7, 1)):
         for plan in plans_of(Case(32, c, size, size, groups=32, stride=stride), device, F16):
             for launch in plan.launches:
@@ -231,7 +112,7 @@ def test_why_not_without_a_device() -> None:
 
 
 def test_a_plan_refuses_what_is_not_served() -> None:
-    device = _C.CudaDevice(*emulator.DEVICES["A100"])
+    device = device_of("A100")
     with pytest.raises(ValueError, match="stride must be 1 or 2, not 3"):
         _C.cuda_plan_conv_stats(
             problem_of(Case(1, 64, 8, 8, groups=16, stride=3)), device, *[16] * 7
@@ -241,15 +122,94 @@ def test_a_plan_refuses_what_is_not_served() -> None:
 @pytest.mark.skipif(not _C.cuda_compiled(), reason="the compiled library was built without CUDA")
 def test_errors_of_the_runtime_name_the_kernel() -> None:
     """Device 63 exists nowhere; without a driver no device does."""
-    device = _C.CudaDevice(*emulator.DEVICES["A100"])
+    device = device_of("A100")
     plan = _C.cuda_plan_batch_stats(2, 64, 64, device, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"CUDA kernel moments_f16: .+"):
         _C.cuda_run(plan, 0, 63, 0)
 
 
-def test_readme_shows_the_modelled_figures() -> None:
-    rows = json.loads(modelled_cuda.OUTPUT.read_text())["rows"]
-    assert modelled_cuda.table(rows) in (modelled_cuda.ROOT / "README.md").read_text()
+# On a GPU ------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or not _C.cuda_compiled(),
+    reason="no GPU, or the compiled library was built without CUDA",
+)
+
+
+def layer_on(device: str) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
+    """The inputs of a training layer, and its passes: convolutions, statistics and reductions."""
+    torch.manual_seed(0)
+    x, dy = (
+        torch.randn(4, 128, 14, 14, dtype=F16).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight, vector = torch.randn(128, 4, 3, 3, dtype=F16) / 6, torch.rand(128) + 0.5
+    x, dy, weight, vector = inputs = [t.to(device) for t in (x, dy, weight, vector)]
+
+    def run() -> list[torch.Tensor]:
+        z, mean, var = cuda.conv_stats(x, weight, groups=32)
+        sums = cuda.bn_relu_backward(dy, z, vector, mean, mean, var)
+        gradients = cuda.conv_backward(
+            dy, x, weight, bn=(z, vector, mean, vector, mean, var), groups=32
+        )
+        return [z, mean, var, *sums, *(t for t in gradients if t is not None)]
+
+    return inputs, run
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))
+
+
+@needs_gpu
+def test_kernels_run_on_the_current_stream() -> None:
+    """Inputs that a busy stream is about to write are waited for, on that stream alone."""
+    inputs, run = layer_on("cuda")
+    expected = run()
+    late = [t.clone() for t in inputs]
+    for t in inputs:
+        t.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for t, value in zip(inputs, late, strict=True):
+            t.copy_(value)
+        found = run()
+    stream.synchronize()
+    assert_same(found, expected)
+
+
+@needs_gpu
+def test_a_graph_is_captured_and_replayed() -> None:
+    """Nothing waits or allocates outside torch's memory; a replay reads what is there by then."""
+    inputs, run = layer_on("cuda")
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    inputs[0].mul_(2)
+    expected = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(found, expected)
+
+
+@needs_gpu
+def test_kernels_run_on_the_device_of_their_tensors() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    if len({torch.cuda.get_device_name(i) for i in range(2)}) > 1:
+        pytest.skip("the order of sums is the same on GPUs of one kind only")
+    results = []
+    for i in range(2):
+        run = layer_on(f"cuda:{i}")[1]
+        with torch.cuda.device(0):
+            results.append(run())
+            assert torch.cuda.current_device() == 0
+        assert all(t.device.index == i for t in results[-1])
+    assert_same(*results)
 
 
 # Machine code --------------------------------------------------------------------------------

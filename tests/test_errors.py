@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from resnext_kernels import FusedGroupedBottleneck, GroupedConvBNReLU
 from resnext_kernels.functional import (
     BatchNormState,
+    bn_relu,
+    bn_relu_max_pool,
     bottleneck,
     conv1x1,
+    conv_bn_relu,
     grouped_conv_bn_relu,
 )
 from resnext_kernels.problem import ConvProblem
@@ -192,6 +196,73 @@ def test_bad_argument(name: str) -> None:
 
 def test_the_good_call_is_good() -> None:
     assert call().shape == (2, 24, 5, 6)
+
+
+def bn(channels: int, **changes: Any) -> BatchNormState:
+    vectors = [torch.ones(channels) for _ in range(4)]
+    return BatchNormState(*vectors)._replace(**changes)
+
+
+# the same of the operations around it: the call; words of its ValueError
+BAD_AROUND: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
+    "input_bn of another length": (
+        lambda z: conv_bn_relu(z, torch.randn(16, 2, 3, 3), bn(16), input_bn=bn(8), groups=8),
+        ["input_bn.gamma", "(8,)", "(16,)"],
+    ),
+    "pointwise_weight of another width": (
+        lambda z: conv_bn_relu(
+            z, torch.randn(16, 2, 3, 3), bn(16), pointwise_weight=torch.randn(4, 8, 1, 1), groups=8
+        ),
+        ["pointwise_weight", "(4, 8, 1, 1)", "(K, 16, 1, 1)"],
+    ),
+    "pointwise_weight and residual": (
+        lambda z: conv_bn_relu(
+            *(z, torch.randn(16, 2, 3, 3), bn(16)),
+            pointwise_weight=torch.randn(4, 16, 1, 1),
+            residual=torch.randn(2, 16, 5, 6),
+            groups=8,
+        ),
+        ["pointwise_weight", "residual", "together"],
+    ),
+    "z of rank 3": (lambda z: bn_relu(z[0], bn(16)), ["z ", "(16, 5, 6)", "4 dim"]),
+    "bn of another length": (lambda z: bn_relu(z, bn(8)), ["gamma", "(8,)", "(16,)"]),
+    "residual of another shape": (
+        lambda z: bn_relu(z, bn(16), residual=z[:, :8]),
+        ["residual", "(2, 8, 5, 6)", "(2, 16, 5, 6)"],
+    ),
+    "residual_bn alone": (
+        lambda z: bn_relu(z, bn(16), residual_bn=bn(16)),
+        ["residual_bn", "residual"],
+    ),
+    "residual_bn of another length": (
+        lambda z: bn_relu(z, bn(16), residual=z, residual_bn=bn(8)),
+        ["residual_bn.gamma", "(8,)", "(16,)"],
+    ),
+    "one value per channel": (
+        lambda z: bn_relu(z[:1, :, :1, :1], bn(16, training=True)),
+        ["more than 1 value per channel", "(1, 16, 1, 1)"],
+    ),
+    "max pool without running statistics": (
+        lambda z: bn_relu_max_pool(
+            z, bn(16, running_mean=None, running_var=None), kernel_size=(3, 3), stride=(2, 2)
+        ),
+        ["running_mean", "None"],
+    ),
+    "max pool on no backend": (
+        lambda z: bn_relu_max_pool(z, bn(16), kernel_size=(3, 3), stride=(2, 2), backend="gpu"),
+        ["backend", "'gpu'", "'reference'"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("name", BAD_AROUND)
+def test_bad_argument_around_the_convolution(name: str) -> None:
+    function, words = BAD_AROUND[name]
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        function(torch.randn(2, 16, 5, 6))
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{raised.value} lacks {missing}"
 
 
 BAD_1X1: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {

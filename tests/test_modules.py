@@ -397,14 +397,14 @@ def test_half_precision_modules(dtype: torch.dtype, mode: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == dtype for p in ours.parameters())
 
 
-def test_hooks_on_inner_modules_do_not_pass_unseen() -> None:
-    """A forward hook on a part of the block fires, or registering it changes nothing computed."""
+def test_which_hooks_are_called() -> None:
+    """Those that README and the docstring name, once each."""
     block, x = block_and_input()
-    expected = block(x)
-    for name in ("conv1", "conv2", "conv3", "bn1", "bn2", "bn3"):
-        handle = block.get_submodule(name).register_forward_hook(lambda *_: None)
-        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
-        handle.remove()
+    called: list[str] = []
+    for name, module in block.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    block(x)
+    assert sorted(called) == ["", "conv1", "downsample.0"]
 
 
 @pytest.mark.parametrize("name", ["conv1", "downsample.0"])

@@ -6,11 +6,14 @@ architecture. `tests/test_emulated.py` runs the compiled kernels.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +22,51 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from bench.modelled import TritonLaunch, triton_launches  # noqa: E402
+from bench.emulator import TritonLaunch, triton_launches  # noqa: E402
 from resnext_kernels.backends import triton as backend  # noqa: E402
 from resnext_kernels.problem import ConvProblem  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 NVIDIA = [80, 86, 89, 90, 100, 120]
 AMD = ["gfx90a", "gfx942", "gfx950"]
+ARCHITECTURES: list[int | str] = [*NVIDIA, *AMD]
 
 F16, F32 = torch.float16, torch.float32
-# One problem for each regime of the table of configurations.
+# One problem for each configuration of the table; a test holds that they are all here.
 REGIMES = {
     "d4": ConvProblem(32, 56, 56, 128, groups=32, dtype=F16),
+    "d2": ConvProblem(32, 56, 56, 128, groups=64, dtype=F16),
+    "d8": ConvProblem(32, 28, 28, 256, groups=32, dtype=F16),
     "d14": ConvProblem(32, 56, 56, 112, groups=8, dtype=F16),
     "d16": ConvProblem(32, 14, 14, 512, groups=32, dtype=F16),
     "d32": ConvProblem(32, 7, 7, 1024, groups=32, dtype=F16),
     "d64": ConvProblem(32, 28, 28, 128, groups=2, dtype=F16),
+    "depthwise": ConvProblem(32, 14, 14, 512, groups=512, dtype=F16),
+    "d4-two-groups": ConvProblem(32, 14, 14, 8, groups=2, dtype=F16),
+    "d4-eight-groups": ConvProblem(32, 14, 14, 32, groups=8, dtype=F16),
+    "d4-eight-groups-stride2": ConvProblem(32, 14, 14, 32, groups=8, stride=2, dtype=F16),
     "d8-stride2": ConvProblem(32, 56, 56, 256, groups=32, stride=2, dtype=F16),
+    "d14-stride2": ConvProblem(32, 56, 56, 224, groups=16, stride=2, dtype=F16),
+    "d32-stride2": ConvProblem(32, 14, 14, 1024, groups=32, stride=2, dtype=F16),
     "d24-stride2": ConvProblem(32, 28, 28, 96, groups=4, stride=2, dtype=F16),
+    "d4-dilation2": ConvProblem(32, 56, 56, 128, groups=32, dilation=2, dtype=F16),
     "d4-f32": ConvProblem(32, 56, 56, 128, groups=32, dtype=F32),
+    "d4-stride2-f32": ConvProblem(32, 56, 56, 128, groups=32, stride=2, dtype=F32),
     "d16-f32": ConvProblem(32, 14, 14, 512, groups=32, dtype=F32),
+    "d32-f32": ConvProblem(32, 14, 14, 1024, groups=32, dtype=F32),
     "d40-f32": ConvProblem(32, 28, 28, 80, groups=2, dtype=F32),
 }
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | str], None]:
+    """Makes an architecture the one that the launchers find."""
+
+    def select(arch: int | str) -> None:
+        monkeypatch.setattr(backend, "_arch", lambda device: arch)
+        monkeypatch.setattr(torch.version, "hip", "7.0" if arch in AMD else None)
+
+    return select
 
 
 def images(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
@@ -73,102 +99,257 @@ def launches(p: ConvProblem) -> dict[str, TritonLaunch]:
         backend.normalize_relu(z, v, v, residual=z, residual_affine=(v, v))
         backend.bn_relu_backward(z, z, v, v, v, v)
         backend.bn_relu_input_gradient(z, z, v, v, v, v, v)
-        backend.conv_backward(z, x, weight, bn=(z, v, v, v, v, v), prologue=(u, u), **conv)
+        # both, which one kernel makes for many problems; then each by itself
+        for needs in ({}, {"need_dweight": False}, {"need_dx": False}):
+            bn = (z, v, v, v, v, v)
+            backend.conv_backward(z, x, weight, bn=bn, prologue=(u, u), **conv, **needs)
     return found
 
 
-def resources(kernel: Any) -> dict[str, int]:
-    """Registers, stack and spills to memory that the assembler reports.
+def compiled(launch: TritonLaunch, arch: int | str) -> Any:
+    return launch.compiled("cuda" if isinstance(arch, int) else "hip", arch)
 
-    AMD's scalar registers spill into lanes of vector registers, not into memory.
+
+def resources(kernel: Any, arch: int | str) -> dict[str, int]:
+    """Registers of a thread, and bytes (AMD: registers) of stack and spills.
+
+    NVIDIA: what ptxas says of the PTX, with the options that Triton gives it. AMD: what the
+    assembler wrote down; its scalar registers spill into lanes of vector registers.
     """
-    if "amdgcn" in kernel.asm:
+    if isinstance(arch, str):
         text = kernel.asm["amdgcn"]
-
-        def field(name: str) -> int:
-            return max(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text))
-
+        names = ["vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"]
+        found = {n: max(int(v) for v in re.findall(rf"\.{n}:\s+(\d+)", text)) for n in names}
         return {
-            "registers": field("vgpr_count"),
-            "stack": field("private_segment_fixed_size"),
-            "spills": field("vgpr_spill_count"),
+            "registers": found["vgpr_count"],
+            "stack": found["private_segment_fixed_size"],
+            "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
         }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "stack": usage["STACK"], "spills": usage["LOCAL"]}
+    nvidia = triton.knobs.nvidia
+    ptx: str = kernel.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        done = subprocess.run(
+            [
+                (nvidia.ptxas_blackwell if arch >= 100 else nvidia.ptxas).path,
+                *("-v", "-lineinfo", "--regAllocOptLevel=2"),
+                f"--gpu-name={re.findall(r'.target (sm_[0-9a-z]+)', ptx)[0]}",
+                *(source, "-o", source.with_suffix(".cubin")),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return ptxas_resources(done.stderr)
 
 
-# Plain pytest compiles these; the marker `architectures` stands for the others.
-FEW = {("d4", 80), ("d4-f32", 80), ("d32", 80), ("d4", "gfx942")}
+def ptxas_resources(text: str) -> dict[str, int]:
+    """From `ptxas -v`, of one kernel."""
+    (stack, stores, loads) = map(
+        int,
+        re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
+        )[0],
+    )
+    registers = int(re.findall(r"Used (\d+) registers", text)[0])
+    return {"registers": registers, "stack": stack, "spills": stores + loads}
 
 
-def marked(regimes: dict[str, ConvProblem], architectures: list[Any]) -> list[Any]:
+MATRIX = {
+    "ptx": r"mma\.sync|wgmma\.mma_async|tcgen05\.mma",
+    "amdgcn": r"v_mfma_",
+}
+WIDE = {
+    "ptx": r"ld\.global\S*\.v4\.b32|cp\.async\S* [^;]*, 0x10[,;]",
+    "amdgcn": r"(global|buffer)_load_(lds_)?dwordx4",
+}
+
+
+def check_budget(
+    name: str, launch: TritonLaunch, arch: int | str, d: int, matrix: bool = True
+) -> None:
+    """No stack, no spills, room for two programs (AMD: waves) on a multiprocessor; matrix
+    instructions in convolutions; loads of 16 bytes where 8 channels lie side by side."""
+    kernel = compiled(launch, arch)
+    used = resources(kernel, arch)
+    where = f"{name} on {arch}: {used}, shared memory {kernel.metadata.shared}"
+    assert used["spills"] == 0, where
+    assert used["stack"] == 0, where
+    assert used["registers"] * 32 * launch.meta["warps"] * 2 <= 65536 or arch in AMD, where
+    assert used["registers"] <= 256, where
+    assert kernel.metadata.shared <= launch_limit(arch), where
+
+    language = "ptx" if isinstance(arch, int) else "amdgcn"
+    text = kernel.asm[language]
+    convolution = "_conv" in name or "dweight" in name
+    assert bool(re.search(MATRIX[language], text)) == (convolution and matrix), where
+    over_pixels = not ("sum" in name or "merge" in name)  # those read vectors and weights
+    # AMD's programs of 16 columns have 8 bytes for each of 64 lanes
+    widths = (1, 2, 4, 8, 16, 32, 64) if arch in NVIDIA else (4, 8, 16, 32, 64)
+    if over_pixels and d in widths and "two-groups" not in name:
+        assert re.search(WIDE[language], text), f"{where}: no load of 16 bytes"
+
+
+def launch_limit(arch: int | str) -> int:
+    """Shared memory of a program where two share a multiprocessor, which keeps 1 KiB for each."""
+    return backend.SHARED_KIB[arch] * 1024 // 2 - 1024
+
+
+# Plain pytest compiles every configuration for one architecture of each maker, and these for every
+# one. The marker `architectures` stands for the rest.
+EVERYWHERE = ("d4",)
+USUAL = (80, "gfx942")
+
+
+def matrix() -> list[Any]:
     return [
         pytest.param(
             regime,
             arch,
             id=f"{regime}-{arch}",
-            marks=[] if (regime, arch) in FEW else [pytest.mark.architectures],
+            marks=[] if arch in USUAL or regime in EVERYWHERE else [pytest.mark.architectures],
         )
-        for regime in regimes
-        for arch in architectures
+        for regime in REGIMES
+        for arch in ARCHITECTURES
     ]
 
 
-@pytest.mark.parametrize(("regime", "arch"), marked(REGIMES, [*NVIDIA, *AMD]))
-def test_compiles_without_spills(
-    regime: str, arch: int | str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every configuration of the table: no stack, no spills, and on NVIDIA two programs at least
-    on a multiprocessor.
-
-    A stack of 8 bytes without spills is a saved convergence barrier of nested loops.
-    """
-    if arch in AMD:
-        monkeypatch.setattr(torch.version, "hip", "7.0")
-    for name, launch in launches(REGIMES[regime]).items():
-        kernel = launch.compiled("cuda" if isinstance(arch, int) else "hip", arch)
-        used = resources(kernel)
-        assert used["spills"] == 0, f"{name}: {used}"
-        assert used["stack"] <= (8 if isinstance(arch, int) else 0), f"{name}: {used}"
-        if isinstance(arch, int):
-            assert used["registers"] * 32 * launch.meta["warps"] * 2 <= 65536, f"{name}: {used}"
-            assert kernel.metadata.shared * 2 <= 99 * 1024, f"{name}: {kernel.metadata.shared}"
-        else:
-            assert kernel.metadata.shared <= 64 * 1024, f"{name}: {kernel.metadata.shared}"
-
-
-@pytest.mark.parametrize(("regime", "arch"), marked(REGIMES, [80]))
-def test_instructions(regime: str, arch: int) -> None:
-    """Matrix instructions, unless float32 has to be IEEE's; loads of 16 bytes, where channels of a
-    program lie side by side."""
+@pytest.mark.parametrize(("regime", "arch"), matrix())
+def test_budget(regime: str, arch: int | str, on: Callable[[int | str], None]) -> None:
+    """Every kernel and configuration, compiled: registers, shared memory, instructions."""
+    on(arch)
     problem = REGIMES[regime]
-    d = problem.c // problem.groups
-    for name, launch in launches(problem).items():
-        ptx = launch.compiled("cuda", arch).asm["ptx"]
-        if "conv" in name or "dweight" in name:
-            assert "mma.sync" in ptx, f"{name}: no matrix instruction"
-            if d in (4, 8, 16, 32, 64):
-                assert re.search(r"ld\.global\S*\.v4|cp\.async\S* .*0x10", ptx), (
-                    f"{name}: no wide load"
-                )
-        elif "kernel" in name and "sum" not in name and "merge" not in name and d % 8 == 0:
-            assert re.search(r"ld\.global\S*\.v4", ptx), f"{name}: no wide load"
+    found = launches(problem)
+    assert len(found) >= 9
+    for name, launch in found.items():
+        check_budget(f"{regime}, {name}", launch, arch, problem.c // problem.groups)
 
 
-def test_ieee_float32_has_no_matrix_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ieee_float32_has_no_matrix_instruction(
+    monkeypatch: pytest.MonkeyPatch, on: Callable[[int | str], None]
+) -> None:
+    on(80)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for name, launch in launches(REGIMES["d4-f32"]).items():
         if "conv" in name or "dweight" in name:
-            kernel = launch.compiled("cuda", 80)
-            assert "mma.sync" not in kernel.asm["ptx"], name
-            used = resources(kernel)
-            assert used["spills"] == 0, f"{name}: {used}"
-            assert used["stack"] <= 8, f"{name}: {used}"
+            check_budget(name, launch, 80, 4, matrix=False)
+
+
+def test_ptxas_resources() -> None:
+    text = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : Function properties for k
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
+"""
+    assert ptxas_resources(text) == {"registers": 168, "stack": 16, "spills": 20}
+
+
+# The table ---------------------------------------------------------------------------------------
+
+WIDTHS = [*range(1, 33), 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320]
+
+
+def table(arch: int | str) -> Iterator[tuple[torch.dtype, backend.Config]]:
+    """What the table gives to each width, dtype, walk and source, with many groups."""
+    for d, dtype, by_rows, computed in itertools.product(
+        WIDTHS, (F16, F32), (False, True), (False, True)
+    ):
+        groups = 64 if d > 1 else 512
+        yield dtype, backend._conv_config(d, d, groups, 56, by_rows, dtype, computed, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_configuration_is_compiled(
+    arch: int | str, on: Callable[[int | str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REGIMES leave out no row of the table: kernel, tiles, pixels, unrolling, warps, stages."""
+
+    def row(dtype: torch.dtype, config: backend.Config) -> tuple[Any, ...]:
+        # how many groups make a tile is the row's D; how many rows a program walks is no constant
+        return dtype, dataclasses.replace(config, pack=0, rows=min(config.rows, 1))
+
+    def fused(problem: ConvProblem) -> set[tuple[Any, ...]]:
+        found = launches(problem).values()
+        metas = [t.meta for t in found if t.kernel is backend._conv_backward_kernel]
+        return {tuple(m[name] for name in ("TILES", "CHUNKS", "STRIDE", "warps")) for m in metas}
+
+    on(arch)
+    every = [
+        ConvProblem(32, 56, 56, d * groups, groups=groups, stride=stride, dtype=F16)
+        for d, groups, stride in itertools.product(WIDTHS, (8, 64), (1, 2))
+    ]
+    assert set().union(*map(fused, every)) <= set().union(*map(fused, REGIMES.values()))
+
+    original = backend._conv_config
+    met: set[tuple[Any, ...]] = set()
+
+    def recorded(*args: Any) -> backend.Config:
+        config = original(*args)
+        met.add(row(args[5], config))
+        return config
+
+    wanted = {row(*entry) for entry in table(arch)}
+    monkeypatch.setattr(backend, "_conv_config", recorded)
+    for problem in REGIMES.values():
+        launches(problem)
+    assert not wanted - met
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_configurations_fit_the_architecture(arch: int | str) -> None:
+    """The table's and what autotuning tries; `test_budget` has what the compiler made of it."""
+    for dtype, config in table(arch):
+        alternatives = backend._alternatives(config, 56, dtype, arch)
+        assert alternatives
+        assert config not in alternatives
+        for c in (config, *alternatives):
+            assert c.shared_bytes(dtype.itemsize) <= backend.SHARED_KIB[arch] * 1024, c
+            assert c.block_p >= 16
+            assert c.warps >= 1
+
+
+def test_shared_memory_is_bounded_by_the_configuration(
+    on: Callable[[int | str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Config.shared_bytes` is no less than what the compiled kernel takes."""
+    chosen: list[backend.Config] = []
+    original = backend._conv_config
+    monkeypatch.setattr(
+        backend, "_conv_config", lambda *args: chosen.append(original(*args)) or chosen[-1]
+    )
+    for arch in USUAL:
+        on(arch)
+        for regime in ("d4", "d32", "d8-stride2", "d4-f32"):
+            problem = REGIMES[regime]
+            x = images(problem.n, problem.c, problem.h, problem.w, problem.dtype)
+            weight = torch.empty(problem.c, problem.c // problem.groups, 3, 3, device="meta")
+            found: list[TritonLaunch] = []
+            with triton_launches(found.append):
+                backend.conv_stats(
+                    x, weight.to(problem.dtype), groups=problem.groups, stride=problem.stride
+                )
+            shared = compiled(found[0], arch).metadata.shared
+            assert 0 < shared <= chosen[-1].shared_bytes(problem.dtype.itemsize), (regime, arch)
+
+
+def test_the_architecture_decides() -> None:
+    """The reasons in the table, one by one."""
+
+    def config(arch: int | str, d: int, dtype: torch.dtype, computed: bool) -> backend.Config:
+        return backend._conv_config(d, d, 32, 56, True, dtype, computed, arch)
+
+    assert [config(arch, 4, F16, False).unroll for arch in (80, 89, 90, 120)] == [2, 2, 1, 2]
+    assert [config(arch, 4, F16, True).block_p for arch in (80, "gfx942")] == [16, 32]
+    assert [config(arch, 14, F16, True).block_p for arch in (80, "gfx942")] == [16, 16]
+    assert [config(arch, 16, F32, False).block_p for arch in (80, 90)] == [16, 32]
+    assert [config(arch, 4, F32, False).src_width for arch in (80, "gfx90a")] == [8, 16]
+    assert backend._shared_bytes(86) == 99 * 1024
+    assert backend._shared_bytes(80) == 163 * 1024
+    assert backend._shared_bytes(90) == 227 * 1024
+    # what is not known yet gets the least that its maker has offered
+    assert backend._shared_bytes(150) == min(backend._shared_bytes(a) for a in NVIDIA)
+    assert backend._shared_bytes("gfx1300") == min(backend._shared_bytes(a) for a in AMD)
 
 
 INTERPRETED = {

@@ -5,12 +5,13 @@
 //   backward   dz = a * g [+ b * z + c], g = dy where the ReLU passed, else 0
 //              dx = conv(dz) with the weights transposed and turned, dweight[tap] = sum dz shifted by tap * side
 //
-// A block takes up to 64 channels (whole groups) and walks down `streams` images side by side. Each step brings the
-// next input rows into a ring in shared memory (16-byte cp.async, one step ahead), where the previous BatchNorm or
-// the gradient of this one is applied in place by the thread that fetched them, and makes the next output rows from
-// the three or four rows that are there: every input pixel enters shared memory once, halo rows are never read again.
+// A block takes up to 64 channels (whole groups; one group of about 32) and walks down `streams` images side by side.
+// Each step brings the next input rows into a ring in shared memory (16-byte cp.async, one step ahead), where the
+// previous BatchNorm or the gradient of this one is applied in place by the thread that fetched them, and makes the
+// next output rows from the rows that are there: every input pixel enters shared memory once, halo rows are never read
+// again.
 //
-//   ring (3 groups of rows) x (streams x pitch pixels) x 128 bytes (8 chunks of 8 channels)
+//   ring (3 groups of rows) x (streams x pitch pixels) x 128 bytes (8 chunks of 8 channels), or 64 bytes with Q == 4
 //   chunk c of pixel p lies at 128 p + 16 (c ^ (p / stride & 7)): ldmatrix reads 8 neighbours without conflicts
 //
 // Forward and dx: 16 positions are the rows of one m16n8k16, taken by ldmatrix from pixels shifted by each tap; the
@@ -24,9 +25,11 @@
 // dweight: the positions are the summed dimension, both operands come from the same memory by ldmatrix.trans:
 // 16 output x 8 input channels of one tap with Q > 1, two taps x 8 output x 8 input channels with Q == 1.
 //
-// Warp w: output chunks 2 (w % 4) and the next; positions (forward, dx), or input chunks with Q >= 4 (dweight), are
-// divided between w / 4 = 0 and 1. Statistics and dweight leave the block as partial results, one set per part, which
+// A warp has a pair of output chunks; the warps of a pair divide the positions (forward, dx), or in dweight the
+// positions or input chunks. Statistics and dweight leave the block as partial results, one set per part, which
 // pointwise.cu adds in a fixed order.
+//
+// Groups that share a product would share its NaN: 0 * Inf. Whatever was stored as NaN is summed again, one by one.
 #pragma once
 
 #include "mma.cuh"
@@ -48,15 +51,23 @@ __host__ __device__ constexpr bool is_tap(int row_or_column) { return row_or_col
 
 template <class T, int Q, Geometry G, Pass P>
 struct Conv {
-  static constexpr int kGroupRows = rows_per_group(G), kStepRows = rows_per_step(G);
+  static constexpr int kSlots = slots(Q), kPixelBytes = 16 * kSlots;
+  static constexpr int kGroupRows = rows_per_group(G, Q), kStepRows = rows_per_step(G, Q);
   static constexpr int kInStride = in_stride(G), kOutStride = out_stride(G);
-  static constexpr int kInRows = G == Geometry::s1 ? 4 : G == Geometry::s2 ? 3 : 2;  // that one step reads
-  static constexpr int kShifts = G == Geometry::t2 ? 2 : 3;                          // of the input column
-  static constexpr int kOutputs = kStepRows * kOutStride;                            // pixels per position and step
+  static constexpr int kInRows = G == Geometry::s1 ? kGroupRows + 2 : G == Geometry::s2 ? 3 : 2;  // that one step reads
+  static constexpr int kShifts = G == Geometry::t2 ? 2 : 3;                                       // of the input column
+  static constexpr int kOutputs = kStepRows * kOutStride;  // pixels per position and step
   static constexpr bool kForward = P == Pass::forward;
   static constexpr bool kHasConv = P != Pass::dweight, kHasDweight = P == Pass::backward || P == Pass::dweight;
-  static constexpr int kSplits = Q <= 2 ? 2 : 1;  // of the positions, in dweight
   static constexpr int kPairs = Q / 2 > 0 ? Q / 2 : 1;
+  // Warps: pairs of output chunks, and for each of them parts of the positions.
+  static constexpr int kPairWarps = P == Pass::dweight && Q == 8 ? 2 : kSlots / 2, kParts = kWarps / kPairWarps;
+  static constexpr int kSplits = Q <= 4 ? 2 : 1;  // of the positions, in dweight
+  static constexpr int kWarpTiles = (most_units(G) / 2 + kParts - 1) / kParts;
+  // Threads: chunks of a pixel, and a run of pixels.
+  static constexpr int kRun = kThreads / kSlots, kRunBytes = kRun * kPixelBytes;
+  static constexpr int kInPlaces = (most_in_pixels(G) + kRun - 1) / kRun;
+  static constexpr int kOutPlaces = (most_units(G) * kUnit * kOutStride + kRun - 1) / kRun;
 
   // Of one output chunk. Q == 1: [row of taps][0: the two taps of a product of 16, 1: the tap alone].
   struct Weights {
@@ -70,106 +81,122 @@ struct Conv {
     float full[Q > 1 ? 9 : 1][2][4];  // [tap][input chunk]
   };
   struct Statistics {
-    float n;
+    float n, pending;  // values in `of`, and in `sums`
     Moments of[2][2];  // [chunk][column]
+    Sums sums[2][2];
   };
+  // The pixels of a row that a thread moves, every kRun-th.
+  template <int kCount>
+  struct Places {
+    int32_t global[kCount];  // in 16 bytes from the first pixel of the first image's row
+    int32_t order[kCount];   // its number in the row, kOutside where the image has no such column
+  };
+  static constexpr int32_t kOutside = 0x7ffffffe, kNowhere = 0x7fffffff;  // not in shared memory either
 
-  const ConvParams& p;
+  const ConvParams p;
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int pair, half;        // output chunks 2 * pair, 2 * pair + 1; which half of the positions or input chunks
+  const int pair, part;        // output chunks 2 * pair, 2 * pair + 1; part of the positions, or of the input chunks
   const int channel0, chunks;  // of the block
   int band;                    // first input chunk that the pair reads
   int column0, image0, step0, step_count;
   uint32_t ring;
+  Places<kInPlaces> in_places;
+  Places<kOutPlaces> out_places;
+  uint32_t in_place, out_place;  // of the first of them in shared memory, from the start of the row
+  int tile_pixel[kWarpTiles];    // first input pixel of the lane's row, of every tile of the warp
 
   __device__ __forceinline__ explicit Conv(const ConvParams& params, uint32_t shared)
       : p(params),
-        pair(P == Pass::dweight && Q == 8 ? 2 * blockIdx.z + warp % 2 : warp % 4),
-        half(P == Pass::dweight && Q == 8 ? warp / 2 : warp / 4),
+        pair(P == Pass::dweight && Q == 8 ? 2 * blockIdx.z + warp % kPairWarps : warp % kPairWarps),
+        part(warp / kPairWarps),
         channel0(blockIdx.x * params.block_chunks * 8),
         chunks(min(params.block_chunks, params.C / 8 - static_cast<int>(blockIdx.x) * params.block_chunks)),
         ring(shared) {
     band = Q == 1 ? 0 : min(16 * pair / p.D * p.D / 8, p.slots - Q);
-    const int part = blockIdx.y;
-    const int walk = part / (p.strips * p.segments), rest = part % (p.strips * p.segments);
+    const int piece = blockIdx.y;
+    const int walk = piece / (p.strips * p.segments), rest = piece % (p.strips * p.segments);
     column0 = rest % p.strips * p.units * kUnit;
     step0 = rest / p.strips * p.segment_steps;
     step_count = min(p.segment_steps, p.steps - step0);
     image0 = walk * p.walk * p.streams;
+    make_places(in_places, p.in_pixels, p.pitch, p.pitch_magic, kInStride * column0 - (G != Geometry::t2), p.in_h,
+                p.in_w);
+    make_places(out_places, p.out_pixels, p.units * kUnit * kOutStride, p.stream_magic, kOutStride * column0, p.out_h,
+                p.out_w);
+    in_place = place(thread / kSlots, thread % kSlots, kInStride);
+    out_place = place(thread / kSlots, thread % kSlots, kOutStride);
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) tile_pixel[i] = unit_pixel(2 * (part + kParts * i) + lane / 8 % 2);
   }
 
   __device__ __forceinline__ bool active() const { return 2 * pair < chunks; }
+  __device__ __forceinline__ int images(int walked) const { return min(p.streams, p.N - image0 - walked * p.streams); }
 
+  // Neighbours lie in different banks: kUnit pixels at a distance of `stride`, and the chunks of a pixel.
   static __device__ __forceinline__ uint32_t place(unsigned pixel, int chunk, int stride) {
-    return pixel * kPixelBytes + (chunk << 4 ^ (pixel * (16 / stride) & 0x70));
+    const uint32_t spread = kSlots == 8 ? pixel * (16 / stride) & 0x70 : pixel * 8 & (stride == 1 ? 0x30 : 0x70);
+    return pixel * kPixelBytes ^ spread ^ chunk << 4;
   }
 
   // ---- weights -------------------------------------------------------------------------------------------------
 
-  // Nine taps of one (out, in) pair of channels, from element `element` on, as halves of five words.
-  static __device__ __forceinline__ void taps(uint32_t (&to)[5], uint32_t slab, unsigned element) {
-    const uint32_t from = slab + element / 2 * 4;
-    const uint32_t words[5] = {load_shared_word<0>(from), load_shared_word<4>(from), load_shared_word<8>(from),
-                               load_shared_word<12>(from), load_shared_word<16>(from)};
-    const int shift = element % 2 * 16;
+  __device__ __forceinline__ int weight_row() const { return p.D * 9 + (p.D % 16 ? 0 : 8); }  // spread over the banks
+
+  // The nine taps of one output and two input channels, counted from the block's first.
+  __device__ __forceinline__ void taps(uint32_t (&to)[9], int out, int in) const {
+    const int row = weight_row(), first = in - divide(out, p.group_magic) * p.D;
+    const unsigned origin = (out * row + first * 9) * 2, zeros = chunks * 8 * row * 2;
+    const bool exists = out < chunks * 8;
+    const auto from = [&](int i) { return exists && static_cast<unsigned>(first + i) < static_cast<unsigned>(p.D); };
+    if (p.D % 2 == 0) {  // both channels are of one group, and their 18 elements are nine words
+      const uint32_t at = ring + (from(0) ? origin : zeros);
+      const uint32_t w[9] = {load_shared_word<0>(at),  load_shared_word<4>(at),  load_shared_word<8>(at),
+                             load_shared_word<12>(at), load_shared_word<16>(at), load_shared_word<20>(at),
+                             load_shared_word<24>(at), load_shared_word<28>(at), load_shared_word<32>(at)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = __funnelshift_r(words[i], words[i + 1], shift);
-    to[4] = words[4] >> shift;
-  }
-  static __device__ __forceinline__ uint32_t two(const uint32_t (&lo)[5], const uint32_t (&hi)[5], int tap) {
-    return __byte_perm(lo[tap / 2], hi[tap / 2], tap % 2 ? 0x7632 : 0x5410);
+      for (int t = 0; t < 9; ++t) {
+        to[t] = __byte_perm(w[t / 2], w[(9 + t) / 2], t % 2 ? 0x5432 : 0x7610);
+      }
+    } else {
+      const uint32_t lo = ring + (from(0) ? origin : zeros), hi = ring + (from(1) ? origin + 18 : zeros);
+#pragma unroll
+      for (int t = 0; t < 9; ++t) to[t] = load_shared_half(lo + 2 * t) | load_shared_half(hi + 2 * t) << 16;
+    }
   }
 
   // From global to shared memory as they lie there, (out channel, in channel, tap), then into fragments of mma.
-  __device__ __forceinline__ void load_weights(Weights (&weights)[2]) {
-    const int row = p.D * 9, rows = chunks * 8;
-    const int pad = p.D % 8 == 0 ? 8 : 0;  // spreads the rows over the banks
-    const char* from = static_cast<const char*>(p.weight) + static_cast<int64_t>(channel0) * row * 2;
-    if (pad) {
-      // 8 threads to a row, neighbouring rows in one warp
-      const int row_bytes = row * 2, first = thread % 8 * 16;
-      for (int r = thread / 8; r < rows; r += kThreads / 8) {
-        const uint32_t to = ring + r * (row_bytes + 16);
-        const char* row_from = from + r * row_bytes;
-        for (int i = first; i < row_bytes; i += 128) copy_async(to + i, row_from + i, true);
-        if (first == 0) store_shared(to + row_bytes, make_uint4(0, 0, 0, 0));
-      }
-    } else {
-      for (int i = thread; i < rows * row / 8; i += kThreads) copy_async(ring + i * 16, from + i * 16, true);
+  __device__ __forceinline__ void load_weights(Weights (&weights)[2]) const {
+    const char* from = static_cast<const char*>(p.weight) + static_cast<int64_t>(channel0) * p.D * 18;
+    const int pieces = chunks * p.D * 9;  // of 16 bytes
+    for (int i = thread; i < pieces; i += kThreads) {
+      copy_async(ring + (i + (p.D % 16 ? 0 : divide(i, p.row_magic))) * 16, from + i * 16, 16);
     }
-    const unsigned zeros = rows * (row + pad);  // what a pair of channels of different groups gets
-    if (thread < 2) store_shared(ring + zeros * 2 + thread * 16, make_uint4(0, 0, 0, 0));
+    // what channels of different groups get
+    if (thread < 3) store_shared(ring + chunks * 8 * weight_row() * 2 + thread * 16, make_uint4(0, 0, 0, 0));
     wait_copies();
     __syncthreads();
+    if (!active()) return;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int out = (2 * pair + j) * 8 + lane / 4;  // channel that this lane's column of b makes
-      const int group = out / p.D * p.D;
-      const bool exists = 2 * pair + j < chunks;
-      // element of the first tap for input channel `group`, and its distance between input channels
-      const int origin = kForward ? out * (row + pad) : group * (row + pad) + (out - group) * 9;
-      const int stride = kForward ? 9 : row + pad;
 #pragma unroll
       for (int k = 0; k < (Q == 1 ? 1 : Q); ++k) {
-        const int in = (Q == 1 ? 2 * pair + j : band + k) * 8 + lane % 4 * 2 - group;
-        uint32_t lo[5], hi[5];
-        taps(lo, ring, exists && static_cast<unsigned>(in) < static_cast<unsigned>(p.D) ? origin + in * stride : zeros);
-        taps(hi, ring,
-             exists && static_cast<unsigned>(in + 1) < static_cast<unsigned>(p.D) ? origin + (in + 1) * stride : zeros);
+        // the lane's row and pair of columns; a column of b is an output of the pass
+        const int own = 2 * pair + j, other = Q == 1 ? own : band + k;
+        uint32_t value[9];
+        taps(value, (kForward ? own : other) * 8 + lane / 4, (kForward ? other : own) * 8 + lane % 4 * 2);
 #pragma unroll
         for (int t = 0; t < 9; ++t) {
-          const int y = t / 3, x = t % 3;
           // the fragment table is indexed by where the input pixel lies; t2 keeps the tap's own place
-          uint32_t value = two(lo, hi, t);
-          if (G == Geometry::s1 && !kForward) value = two(lo, hi, 8 - t);
+          const int to = G == Geometry::s1 && !kForward ? 8 - t : t, y = to / 3, x = to % 3;
+          const uint32_t fragment = kForward ? value[t] : transposed(value[t]);
           if (Q > 1) {
-            weights[j].full[t][k / 2][k % 2] = value;
+            weights[j].full[to][k / 2][k % 2] = fragment;
           } else if (G == Geometry::t2) {
-            if (x == 1) weights[j].single[y] = value;
-            if (x != 1) weights[j].pair[y][x == 0] = value;
+            if (x == 1) weights[j].single[y] = fragment;
+            if (x != 1) weights[j].pair[y][x == 0] = fragment;
           } else {
-            if (x == 2) weights[j].single[y] = value;
-            if (x != 2) weights[j].pair[y][x] = value;
+            if (x == 2) weights[j].single[y] = fragment;
+            if (x != 2) weights[j].pair[y][x] = fragment;
           }
         }
       }
@@ -179,71 +206,52 @@ struct Conv {
 
   // ---- rows into shared memory ---------------------------------------------------------------------------------
 
-  // For every pixel of a row in shared memory: where it is in the image row, and in shared memory.
-  struct Place {
-    int32_t global;   // in 16 bytes from the first image's row; negative: outside
-    uint32_t shared;  // from the start of the row, of chunk 0; chunk c is at shared ^ 16 c
-  };
-  __device__ __forceinline__ uint32_t in_places() const { return ring + p.places_offset; }
-  __device__ __forceinline__ uint32_t out_places() const { return in_places() + p.in_pixels * sizeof(Place); }
-
-  __device__ __forceinline__ static void store_place(uint32_t to, int32_t global, uint32_t shared) {
-    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(global), "r"(shared) : "memory");
-  }
-  __device__ __forceinline__ static Place load_place(uint32_t from) {
-    Place place;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(place.global), "=r"(place.shared) : "r"(from) : "memory");
-    return place;
-  }
-
-  __device__ __forceinline__ void make_places() const {
-    for (int i = thread; i < p.in_pixels; i += kThreads) {
-      const int stream = divide(i, p.pitch_magic);
-      const int column = kInStride * column0 + i - stream * p.pitch - (G != Geometry::t2);
-      const bool inside = column >= 0 && column < p.in_w;
-      const int32_t global = (stream * p.in_h * p.in_w + column) * (p.C / 8);
-      store_place(in_places() + i * sizeof(Place), inside ? global : -1, place(i, 0, kInStride));
-    }
-    for (int i = thread; i < p.out_pixels; i += kThreads) {
-      const int stream = divide(i, p.stream_magic);
-      const int column = kOutStride * column0 + i - stream * p.units * kUnit * kOutStride;
-      const bool inside = stream < p.streams && column < p.out_w;
-      const int32_t global = (stream * p.out_h * p.out_w + column) * (p.C / 8);
-      store_place(out_places() + i * sizeof(Place), inside ? global : -1, place(i, 0, kOutStride));
+  template <int kCount>
+  __device__ __forceinline__ void make_places(Places<kCount>& places, int pixels, int per_stream, uint32_t magic,
+                                              int first_column, int height, int width) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int pixel = thread / kSlots + i * kRun, stream = divide(pixel, magic);
+      const int column = first_column + pixel - stream * per_stream;
+      const bool inside = stream < p.streams && column >= 0 && column < width && thread % kSlots < chunks;
+      const bool exists = pixel < pixels && thread % kSlots < p.slots;
+      places.global[i] = (stream * height * width + column) * (p.C / 8);
+      places.order[i] = inside ? pixel : exists ? kOutside : kNowhere;
     }
   }
 
-  // Calls f(r, shared offset, place in the image row, valid) for this thread's 16 bytes of `rows` rows, the first of
-  // them `first`. A thread keeps its chunk.
-  template <int kRows, class F>
-  __device__ __forceinline__ void each_place(uint32_t places, int pixels, int per_stream, int walked, int first,
-                                             int height, F f) const {
-    const int chunk = thread % kSlots;
-    const int streams = min(p.streams, p.N - image0 - walked * p.streams);
-    const int inside = chunk < chunks ? streams * per_stream : 0;
-#pragma unroll 2
-    for (int pixel = thread / kSlots; pixel < pixels; pixel += kThreads / kSlots) {
-      const Place at = load_place(places + pixel * sizeof(Place));
-      const bool valid = pixel < inside && at.global >= 0;
+  // Calls f(order, r, shared offset, global offset) for the thread's 16 bytes of `kRows` rows, of the pixels before
+  // `end`, the offsets from the thread's chunk of the row's first pixel.
+  template <int kRows, int kCount, class F>
+  static __device__ __forceinline__ void each_place(const Places<kCount>& places, int end, int pixels,
+                                                    int64_t row_bytes, F f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (places.order[i] >= end) continue;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        f(r, r * pixels * kPixelBytes + (at.shared ^ chunk << 4), at.global,
-          valid && static_cast<unsigned>(first + r) < static_cast<unsigned>(height));
+        f(places.order[i], r, i * kRunBytes + r * pixels * kPixelBytes, r * row_bytes + places.global[i] * int64_t{16});
       }
     }
   }
   template <class F>
-  __device__ __forceinline__ void each_input(int walked, int group, F f) const {
-    if (thread % kSlots >= p.slots) return;
-    each_place<kGroupRows>(in_places(), p.in_pixels, p.pitch, walked, first_input_row(group), p.in_h, f);
+  __device__ __forceinline__ void each_input(int end, F f) const {
+    each_place<kGroupRows>(in_places, end, p.in_pixels, p.in_row, f);
   }
   template <class F>
-  __device__ __forceinline__ void each_output(int walked, int step, F f) const {
-    each_place<kStepRows>(out_places(), p.out_pixels, p.units * kUnit * kOutStride, walked, kStepRows * step, p.out_h,
-                          f);
+  __device__ __forceinline__ void each_output(int end, F f) const {
+    each_place<kStepRows>(out_places, end, p.out_pixels, p.out_row, f);
   }
+  __device__ __forceinline__ int input_end(int walked) const { return images(walked) * p.pitch; }
+  __device__ __forceinline__ int output_end(int walked) const { return images(walked) * p.units * kUnit * kOutStride; }
 
-  static __device__ __forceinline__ int first_input_row(int group) { return G == Geometry::t2 ? group : 2 * group - 1; }
+  static __device__ __forceinline__ int first_input_row(int group) {
+    return G == Geometry::t2 ? group : kGroupRows * group - 1;
+  }
+  __device__ __forceinline__ bool has_input_row(int group, int r) const {
+    return static_cast<unsigned>(first_input_row(group) + r) < static_cast<unsigned>(p.in_h);
+  }
+  __device__ __forceinline__ bool has_output_row(int step, int r) const { return kStepRows * step + r < p.out_h; }
   __device__ __forceinline__ int own_channel() const { return channel0 + thread % kSlots * 8; }
   // In bytes: this thread's chunk in column 0 of a row of the first of the images; the row may lie outside.
   __device__ __forceinline__ int64_t input_start(int walked, int group) const {
@@ -255,20 +263,30 @@ struct Conv {
 
   __device__ __forceinline__ void fetch_input(uint32_t to, int walked, int group) const {
     const int64_t start = input_start(walked, group);
-    each_input(walked, group, [&](int r, uint32_t offset, int32_t at, bool valid) {
-      const int64_t from = start + r * p.in_row + at * int64_t{16};
-      copy_async(to + offset, static_cast<const char*>(p.in) + from, valid);
+    const char *in = static_cast<const char*>(p.in) + start, *z = static_cast<const char*>(p.in_z) + start;
+    const char* y = static_cast<const char*>(p.in_y) + start;
+    const int end = input_end(walked);
+    uint32_t bytes[kGroupRows];
+#pragma unroll
+    for (int r = 0; r < kGroupRows; ++r) bytes[r] = has_input_row(group, r) ? 16 : 0;
+    to += in_place;
+    const uint32_t z_to = ring + p.z_offset + in_place, y_to = ring + p.y_offset + in_place;
+    each_input(kNowhere, [&](int order, int r, uint32_t at, int64_t from) {
+      const uint32_t size = order < end ? bytes[r] : 0;
+      copy_async(to + at, in + from, size);
       if constexpr (!kForward) {
-        if (p.in_z) copy_async(ring + p.z_offset + offset, static_cast<const char*>(p.in_z) + from, valid);
-        if (p.in_y) copy_async(ring + p.y_offset + offset, static_cast<const char*>(p.in_y) + from, valid);
+        if (p.in_z) copy_async(z_to + at, z + from, size);
+        if (p.in_y) copy_async(y_to + at, y + from, size);
       }
     });
   }
   __device__ __forceinline__ void fetch_side(uint32_t to, int walked, int step) const {
     if (!p.side) return;
-    const char* start = static_cast<const char*>(p.side) + output_start(walked, step);
-    each_output(walked, step, [&](int r, uint32_t offset, int32_t at, bool valid) {
-      copy_async(to + offset, start + r * p.out_row + at * int64_t{16}, valid);
+    const char* side = static_cast<const char*>(p.side) + output_start(walked, step);
+    const int end = output_end(walked);
+    to += out_place;
+    each_output(kNowhere, [&](int order, int r, uint32_t at, int64_t from) {
+      copy_async(to + at, side + from, order < end && has_output_row(step, r) ? 16 : 0);
     });
   }
 
@@ -277,44 +295,48 @@ struct Conv {
     float v[8];
     unpack<T>(v, load_shared(at));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = relu(scale.v[i] * v[i] + shift.v[i]);
-    store_shared(at, pack<T>(v));
+    for (int i = 0; i < 8; ++i) v[i] = scale.v[i] * v[i] + shift.v[i];
+    store_shared(at, pack_relu<T>(v));
   }
   __device__ __forceinline__ void transform_input(uint32_t base, int walked, int group) const {
     const int channel = own_channel();
     if (thread % kSlots >= chunks) return;
+    base += in_place;
     if constexpr (kForward) {
       if (!p.in_scale) return;
       const Vector8 scale(p.in_scale + channel), shift(p.in_shift + channel);
-      each_input(walked, group, [&](int, uint32_t offset, int32_t, bool valid) {
-        if (valid) activate(base + offset, scale, shift);
+      each_input(input_end(walked), [&](int, int r, uint32_t at, int64_t) {
+        if (has_input_row(group, r)) activate(base + at, scale, shift);
       });
     } else {
       if (!p.in_z) return;
-      each_input(walked, group, [&](int, uint32_t offset, int32_t, bool valid) {
-        if (!valid) return;
+      const Vector8 a(p.a + channel);
+      Vector8 scale = a, shift = a, b = a, c = a;  // used only if given
+      if (!p.in_y) scale = Vector8(p.in_scale + channel), shift = Vector8(p.in_shift + channel);
+      if (p.b) b = Vector8(p.b + channel), c = Vector8(p.c + channel);
+      const uint32_t z_base = ring + p.z_offset + in_place, y_base = ring + p.y_offset + in_place;
+      each_input(input_end(walked), [&](int, int r, uint32_t at, int64_t) {
+        if (!has_input_row(group, r)) return;
         float g[8], z[8];
-        unpack<T>(g, load_shared(base + offset));
-        unpack<T>(z, load_shared(ring + p.z_offset + offset));
+        unpack<T>(g, load_shared(base + at));
+        unpack<T>(z, load_shared(z_base + at));
         if (p.in_y) {
           float y[8];
-          unpack<T>(y, load_shared(ring + p.y_offset + offset));
+          unpack<T>(y, load_shared(y_base + at));
 #pragma unroll
           for (int i = 0; i < 8; ++i) g[i] = y[i] <= 0.f ? 0.f : g[i];
         } else {
-          const Vector8 scale(p.in_scale + channel), shift(p.in_shift + channel);
 #pragma unroll
           for (int i = 0; i < 8; ++i) g[i] = scale.v[i] * z[i] + shift.v[i] <= 0.f ? 0.f : g[i];
         }
-        const Vector8 a(p.a + channel);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) g[i] *= a.v[i];
         if (p.b) {
-          const Vector8 b(p.b + channel), c(p.c + channel);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) g[i] += b.v[i] * z[i] + c.v[i];
+          for (int i = 0; i < 8; ++i) g[i] = a.v[i] * g[i] + (b.v[i] * z[i] + c.v[i]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) g[i] *= a.v[i];
         }
-        store_shared(base + offset, pack<T>(g));
+        store_shared(base + at, pack<T>(g));
       });
     }
   }
@@ -322,8 +344,9 @@ struct Conv {
     if (!p.side || !p.side_scale || thread % kSlots >= chunks) return;
     const int channel = own_channel();
     const Vector8 scale(p.side_scale + channel), shift(p.side_shift + channel);
-    each_output(walked, step, [&](int, uint32_t offset, int32_t, bool valid) {
-      if (valid) activate(base + offset, scale, shift);
+    base += out_place;
+    each_output(output_end(walked), [&](int, int r, uint32_t at, int64_t) {
+      if (has_output_row(step, r)) activate(base + at, scale, shift);
     });
   }
 
@@ -348,9 +371,9 @@ struct Conv {
     return stream * p.pitch + kInStride * ((u - stream * p.units) * kUnit + lane % 8);
   }
 
+  // `pixel`: the lane's of `tile_pixel`.
   __device__ __forceinline__ void convolve(float (&sum)[kOutputs][2][4], const Weights (&weights)[2], const Rows& rows,
-                                           int tile) const {
-    const int pixel = unit_pixel(2 * tile + lane / 8 % 2);
+                                           int pixel) const {
     if constexpr (Q == 1) {
       uint32_t two_taps = place(pixel + lane / 16, 2 * pair, kInStride);
       uint32_t one_tap = place(pixel + 2, 2 * pair, kInStride);
@@ -402,14 +425,21 @@ struct Conv {
     }
   }
 
+  // dweight: the two input chunks of a warp, and its share of the positions.
+  __device__ __forceinline__ int first_in_chunk() const {
+    return Q == 1 ? 2 * pair : band + (Q == 2 ? 0 : 2 * (Q == 4 ? part % 2 : part));
+  }
+  __device__ __forceinline__ int split() const { return Q <= 2 ? part : Q == 4 ? part / 2 : 0; }
+
   // Adds the products of one tile's dz with the input at the outputs' places. The operands' rows are positions.
   __device__ __forceinline__ void add_dweight(Gradient& gradient, const Rows& rows, uint32_t side, int tile) const {
-    const int in_chunk = Q == 1 ? 2 * pair : band + (Q == 2 ? 0 : 2 * half);
+    const int in_chunk = first_in_chunk();
     uint32_t b[kOutputs][4];  // [2 * input chunk + half of the positions]
-    const uint32_t first = side + place((16 * tile + lane % 16) * kOutStride, in_chunk + lane / 16, kOutStride);
+    const uint32_t first = place((16 * tile + lane % 16) * kOutStride, in_chunk + lane / 16, kOutStride);
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      load_transposed(b[o], first + (o / kOutStride * p.out_pixels + o % kOutStride) * kPixelBytes);
+      const uint32_t row = side + o / kOutStride * p.out_pixels * kPixelBytes;
+      load_transposed(b[o], row + (first ^ o % kOutStride * kPixelBytes));
     }
     const int pixel = unit_pixel(2 * tile + lane / 16);
     if constexpr (Q == 1) {
@@ -468,117 +498,160 @@ struct Conv {
   struct Epilogue {
     float scale[2][2], shift[2][2];  // [chunk][column]
   };
+  // A pass has the one or the other: they share their registers.
+  union Columns {
+    Statistics statistics;
+    Epilogue epilogue;
+    __device__ __forceinline__ Columns() : statistics{} {}
+  };
 
-  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
-                                         Statistics& statistics, uint32_t out, int walked, int step, int tile) const {
-    // All 16 positions have a place; those outside the image are not copied out, and not counted.
-    // Chunk c of a position's first pixel is at `first` ^ 16 c: the position's place in its unit is lane / 4.
-    const uint32_t first = out + (16 * tile + lane / 4) * kOutStride * kPixelBytes + (lane / 4 << 4) + lane % 4 * 4;
-    const int row_bytes = p.out_pixels * kPixelBytes;
+  // Bit 2 * i + h: whether the lane's position of half h of the warp's tile i is one to count.
+  __device__ __forceinline__ uint32_t counted(int walked) const {
+    uint32_t bits = 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      bool inside = true;
-      if constexpr (kForward) {
-        if (p.stats) {
-          const int u = 2 * tile + h, stream = divide(u, p.unit_magic);
-          const int column = column0 + (u - stream * p.units) * kUnit + lane / 4;
-          inside = stream < min(p.streams, p.N - image0 - walked * p.streams) && column < p.out_w;
-        }
-      }
+    for (int i = 0; i < 2 * kWarpTiles; ++i) {
+      const int unit = 2 * (part + kParts * (i / 2)) + i % 2, stream = divide(unit, p.unit_magic);
+      const int column = column0 + (unit - stream * p.units) * kUnit + lane / 4;
+      bits |= (stream < images(walked) && column < p.out_w) << i;
+    }
+    return bits;
+  }
+
+  // What the 16 positions of a tile make, all of which have a place: those outside the image are not copied out.
+  // `inside`: bit h, whether to count the positions of half h.
+  __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], Columns& columns, uint32_t inside,
+                                         uint32_t out, int step, int tile) const {
+    if constexpr (kForward) {
+      if (p.stats) count(sum, columns.statistics, inside, step);
+    }
+    out += 16 * tile * kOutStride * kPixelBytes;
 #pragma unroll
-      for (int r = 0; r < kStepRows; ++r) {
-        float inverse = 0.f;
-        const bool counts = inside && kStepRows * step + r < p.out_h;
-        if constexpr (kForward) {
-          if (p.stats && counts) {
-            statistics.n += 1.f;
-            inverse = __fdividef(1.f, statistics.n);
-          }
-        }
+    for (int j = 0; j < 2; ++j) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const uint32_t to = (first ^ (2 * pair + j) << 4) + r * row_bytes;
+      for (int c = 0; c < kOutStride; ++c) {
+        const uint32_t to = out + place(lane / 4 * kOutStride + c, 2 * pair + j, kOutStride) + lane % 4 * 4;
 #pragma unroll
-          for (int c = 0; c < kOutStride; ++c) {
-            const float(&total)[4] = sum[r * kOutStride + c][j];
-            float v[2] = {total[2 * h], total[2 * h + 1]};
-            constexpr int kHalf = kUnit * kOutStride * kPixelBytes;
-            const uint32_t at = to + h * kHalf + c * kPixelBytes;
-            if constexpr (kForward) {
-              if (p.out_scale) {
-                v[0] = v[0] * epilogue.scale[j][0] + epilogue.shift[j][0];
-                v[1] = v[1] * epilogue.scale[j][1] + epilogue.shift[j][1];
-                if (p.side) {
-                  const float2 residual = unpack<T>(load_shared_word(at));
-                  v[0] += residual.x, v[1] += residual.y;
-                }
-                v[0] = relu(v[0]), v[1] = relu(v[1]);
-              } else if (p.stats && counts) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) statistics.of[j][e].add(v[e], statistics.n, inverse);
-              }
-            }
-            store_shared_word(at, pack<T>(v[0], v[1]));
-          }
+        for (int r = 0; r < kStepRows; ++r) {
+          const float(&total)[4] = sum[r * kOutStride + c][j];
+          const uint32_t row = to + r * p.out_pixels * kPixelBytes;
+          store_result<0>(row, total[0], total[1], columns.epilogue, j);
+          store_result<kUnit * kOutStride * kPixelBytes>(row, total[2], total[3], columns.epilogue, j);
         }
       }
     }
   }
+  template <int kOffset>
+  __device__ __forceinline__ void store_result(uint32_t at, float v0, float v1, const Epilogue& epilogue, int j) const {
+    if constexpr (kForward) {
+      if (p.out_scale) {
+        v0 = v0 * epilogue.scale[j][0] + epilogue.shift[j][0];
+        v1 = v1 * epilogue.scale[j][1] + epilogue.shift[j][1];
+        if (p.side) {
+          const float2 residual = unpack<T>(load_shared_word<kOffset>(at));
+          v0 += residual.x, v1 += residual.y;
+        }
+        store_shared_word<kOffset>(at, pack_relu<T>(v0, v1));
+        return;
+      }
+    }
+    store_shared_word<kOffset>(at, pack<T>(v0, v1));
+  }
 
-  __device__ __forceinline__ void store_output(uint32_t out, int walked, int step) const {
+  __device__ __forceinline__ void count(const float (&sum)[kOutputs][2][4], Statistics& statistics, uint32_t inside,
+                                        int step) const {
+    if (statistics.n + statistics.pending == 0.f) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&first)[4] = sum[0][i / 2];
+        statistics.of[i / 2][i % 2].origin = inside & 1 ? first[i % 2] : first[2 + i % 2];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kStepRows; ++r) {
+      if (!has_output_row(step, r)) break;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (!(inside >> h & 1)) continue;
+        statistics.pending += 1.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          statistics.sums[i / 2][i % 2].add(sum[r][i / 2][2 * h + i % 2], statistics.of[i / 2][i % 2].origin);
+        }
+      }
+    }
+  }
+  static __device__ __forceinline__ void take_sums(Statistics& statistics) {
+    if (statistics.pending == 0.f) return;
+    const float share = statistics.pending / (statistics.n + statistics.pending), inverse = 1.f / statistics.pending;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      statistics.of[i / 2][i % 2].take(statistics.sums[i / 2][i % 2], statistics.n, share, inverse);
+      statistics.sums[i / 2][i % 2] = Sums();
+    }
+    statistics.n += statistics.pending;
+    statistics.pending = 0.f;
+  }
+
+  // `odd` is no longer zero once a NaN or an infinity was stored.
+  __device__ __forceinline__ void store_output(uint32_t out, int walked, int step, uint32_t& odd) const {
     char* start = static_cast<char*>(p.out) + output_start(walked, step);
-    each_output(walked, step, [&](int r, uint32_t offset, int32_t at, bool valid) {
-      if (valid) *reinterpret_cast<uint4*>(start + r * p.out_row + at * int64_t{16}) = load_shared(out + offset);
+    out += out_place;
+    each_output(output_end(walked), [&](int, int r, uint32_t at, int64_t to) {
+      if (!has_output_row(step, r)) return;
+      const uint4 v = load_shared(out + at);
+      *reinterpret_cast<uint4*>(start + to) = v;
+      odd = times_zero_plus<T>(v.x, times_zero_plus<T>(v.y, times_zero_plus<T>(v.z, times_zero_plus<T>(v.w, odd))));
     });
   }
 
-  // Over the lanes with the same columns, then over the two warps with the same channels.
+  static __device__ __forceinline__ Moments either(bool first, const Moments& a, const Moments& b) {
+    return {first ? a.origin : b.origin, first ? a.mean : b.mean, first ? a.m2 : b.m2};
+  }
+  static __device__ __forceinline__ Moments shuffled(const Moments& m, int step) {
+    Moments other;
+    other.origin = __shfl_xor_sync(~0u, m.origin, step);
+    other.mean = __shfl_xor_sync(~0u, m.mean, step);
+    other.m2 = __shfl_xor_sync(~0u, m.m2, step);
+    return other;
+  }
+  // Over the lanes with the same columns, which divide the four columns among themselves, then over the warps with the
+  // same channels.
   __device__ __forceinline__ void store_statistics(Statistics statistics) const {
+    float n = statistics.n, other_n = __shfl_xor_sync(~0u, n, 4);
+    Moments two[2], own;
+    const bool second = lane & 4, odd = lane & 8;
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-      const float n = __shfl_xor_sync(~0u, statistics.n, step);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Moments& own = statistics.of[i / 2][i % 2];
-        Moments other;
-        other.origin = __shfl_xor_sync(~0u, own.origin, step);
-        other.mean = __shfl_xor_sync(~0u, own.mean, step);
-        other.m2 = __shfl_xor_sync(~0u, own.m2, step);
-        own.merge(statistics.n, n, other);
-      }
-      statistics.n += n;
+    for (int e = 0; e < 2; ++e) {
+      two[e] = either(second, statistics.of[1][e], statistics.of[0][e]);
+      two[e].merge(n, other_n, shuffled(either(second, statistics.of[0][e], statistics.of[1][e]), 4));
     }
-    const uint32_t exchange = ring + (pair * 4 + lane) * 13 * 4;
-    const bool has = active() && lane < 4;
-    if (has && half == 1) {
-      store_shared_word(exchange, __float_as_uint(statistics.n));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Moments& own = statistics.of[i / 2][i % 2];
-        store_shared_word(exchange + 4 + i * 12, __float_as_uint(own.origin));
-        store_shared_word(exchange + 8 + i * 12, __float_as_uint(own.mean));
-        store_shared_word(exchange + 12 + i * 12, __float_as_uint(own.m2));
-      }
+    n += other_n;
+    other_n = __shfl_xor_sync(~0u, n, 8);
+    own = either(odd, two[1], two[0]);
+    own.merge(n, other_n, shuffled(either(odd, two[0], two[1]), 8));
+    n += other_n;
+    other_n = __shfl_xor_sync(~0u, n, 16);
+    own.merge(n, other_n, shuffled(own, 16));
+    n += other_n;
+
+    const auto exchange = [&](int from) { return ring + ((from * kPairWarps + pair) * 16 + lane) * 16; };
+    const int chunk = 2 * pair + second;
+    const bool has = chunk < chunks && lane < 16;
+    if (has && part > 0) {
+      store_shared(exchange(part - 1), make_uint4(__float_as_uint(n), __float_as_uint(own.origin),
+                                                  __float_as_uint(own.mean), __float_as_uint(own.m2)));
     }
     __syncthreads();
-    if (!has || half == 1) return;
-    const float n = __uint_as_float(load_shared_word(exchange));
-    float* to = p.stats + static_cast<int64_t>(blockIdx.y) * 4 * p.C;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (2 * pair + i / 2 >= chunks) break;
-      Moments other;
-      other.origin = __uint_as_float(load_shared_word(exchange + 4 + i * 12));
-      other.mean = __uint_as_float(load_shared_word(exchange + 8 + i * 12));
-      other.m2 = __uint_as_float(load_shared_word(exchange + 12 + i * 12));
-      Moments& own = statistics.of[i / 2][i % 2];
-      own.merge(statistics.n, n, other);
-      const int channel = channel0 + (2 * pair + i / 2) * 8 + lane % 4 * 2 + i % 2;
-      to[channel] = statistics.n + n;
-      to[p.C + channel] = own.origin;
-      to[2 * p.C + channel] = own.mean;
-      to[3 * p.C + channel] = own.m2;
+    if (!has || part > 0) return;
+#pragma unroll 1
+    for (int other_part = 0; other_part < kParts - 1; ++other_part) {
+      const uint4 v = load_shared(exchange(other_part));
+      const Moments other{__uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+      own.merge(n, __uint_as_float(v.x), other);
+      n += __uint_as_float(v.x);
     }
+    float* to = p.stats + static_cast<int64_t>(blockIdx.y) * 4 * p.C + channel0 + chunk * 8 + lane % 4 * 2 + odd;
+    to[0] = n, to[p.C] = own.origin, to[2 * p.C] = own.mean, to[3 * p.C] = own.m2;
   }
 
   // Into shared memory as (out channel, in channel, tap), the second half of the positions added to the first, and
@@ -587,16 +660,22 @@ struct Conv {
     const int first_row = P == Pass::dweight && Q == 8 ? 32 * blockIdx.z : 0;
     const int rows = min(chunks * 8, P == Pass::dweight && Q == 8 ? first_row + 32 : 64) - first_row;
     const int row = p.D * 9, pitch = p.D % 8 == 0 ? row + 4 : row;  // spreads the rows over the banks
-    const auto put = [&](int split, int out, int in, int tap, float value) {
-      const int i = in - out / p.D * p.D;
+    const auto put = [&](int out, int in, int tap, float value) {
+      const int i = in - divide(out, p.group_magic) * p.D;
       if (out >= chunks * 8 || i < 0 || i >= p.D) return;
       const uint32_t to = ring + ((out - first_row) * pitch + i * 9 + tap) * 4;
-      if (split) value += __uint_as_float(load_shared_word(to));
+      if (split()) value += __uint_as_float(load_shared_word(to));
       store_shared_word(to, __float_as_uint(value));
     };
-    for (int split = 0; split < kSplits; ++split) {
+    // two columns, the lanes in an order that spreads them over the banks
+    const auto put_two = [&](int out, int in, int tap, const float* values) {
+      const bool swap = lane / 2 % 2;
+      put(out, in + swap, tap, swap ? values[1] : values[0]);
+      put(out, in + !swap, tap, swap ? values[0] : values[1]);
+    };
+    for (int turn = 0; turn < kSplits; ++turn) {
       __syncthreads();
-      if (!active() || (kSplits == 2 && half != split) || rows <= 0) continue;
+      if (!active() || split() != turn || rows <= 0) continue;
       if constexpr (Q == 1) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -604,26 +683,19 @@ struct Conv {
 #pragma unroll
           for (int y = 0; y < 3; ++y) {
             // s1: the fragment table is turned by 180 degrees
-            const int row = 3 * (G == Geometry::s1 ? 2 - y : y);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              put(split, out, in + e, row + 2, gradient.pair[j][y][e]);
-              put(split, out, in + e, row + (G == Geometry::s1 ? 1 : 0), gradient.pair[j][y][2 + e]);
-              put(split, out, in + e, row + (G == Geometry::s1 ? 0 : 1), gradient.single[j][y][e]);
-            }
+            const int tap = 3 * (G == Geometry::s1 ? 2 - y : y);
+            put_two(out, in, tap + 2, gradient.pair[j][y]);
+            put_two(out, in, tap + (G == Geometry::s1 ? 1 : 0), gradient.pair[j][y] + 2);
+            put_two(out, in, tap + (G == Geometry::s1 ? 0 : 1), gradient.single[j][y]);
           }
         }
       } else {
-        const int in_chunk = band + (Q == 2 ? 0 : 2 * half);
 #pragma unroll
         for (int t = 0; t < 9; ++t) {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              put(split, pair * 16 + e / 2 * 8 + lane / 4, (in_chunk + j) * 8 + lane % 4 * 2 + e % 2,
-                  G == Geometry::s1 ? 8 - t : t, gradient.full[t][j][e]);
-            }
+          for (int i = 0; i < 4; ++i) {
+            put_two(pair * 16 + i % 2 * 8 + lane / 4, (first_in_chunk() + i / 2) * 8 + lane % 4 * 2,
+                    G == Geometry::s1 ? 8 - t : t, gradient.full[t][i / 2] + i % 2 * 2);
           }
         }
       }
@@ -633,24 +705,134 @@ struct Conv {
     const int64_t begin = static_cast<int64_t>(channel0 + first_row) * row;
     float* partial = p.dweight_partial + static_cast<int64_t>(blockIdx.y) * p.C * row + begin;
     T* result = static_cast<T*>(p.dweight) + begin;
-    // rows of `pitch` elements by themselves, 8 threads to a row, or all in one piece
-    const bool pieces = pitch != row;
-    const int step = pieces ? 64 : kThreads * 8, length = pieces ? row : rows * row;
-    for (int r = pieces ? thread / 8 : 0; r < (pieces ? rows : 1); r += kThreads / 8) {
-      for (int i = (pieces ? thread % 8 : thread) * 8; i < length; i += step) {
-        const uint32_t from = ring + (r * pitch + i) * 4;
-        const uint4 lo = load_shared(from), hi = load_shared(from + 16);
-        if (p.dweight) {
-          const float v[8] = {__uint_as_float(lo.x), __uint_as_float(lo.y), __uint_as_float(lo.z),
-                              __uint_as_float(lo.w), __uint_as_float(hi.x), __uint_as_float(hi.y),
-                              __uint_as_float(hi.z), __uint_as_float(hi.w)};
-          *reinterpret_cast<uint4*>(result + r * row + i) = pack<T>(v);
-        } else {
-          reinterpret_cast<uint4*>(partial + r * row + i)[0] = lo;
-          reinterpret_cast<uint4*>(partial + r * row + i)[1] = hi;
+    for (int i = thread; i < rows * row / 4; i += kThreads) {
+      const uint4 word = load_shared(ring + (i + (pitch == row ? 0 : divide(i / 2, p.row_magic))) * 16);
+      float v[4] = {__uint_as_float(word.x), __uint_as_float(word.y), __uint_as_float(word.z), __uint_as_float(word.w)};
+      if (isnan(v[0]) || isnan(v[1]) || isnan(v[2]) || isnan(v[3])) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int at = 4 * i + e;
+          v[e] = exact_dweight(channel0 + first_row + at / row, at % row / 9, at % 9);
         }
       }
+      if (p.dweight) {
+        *reinterpret_cast<uint2*>(result + 4 * i) = make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
+      } else {
+        *reinterpret_cast<float4*>(partial + 4 * i) = make_float4(v[0], v[1], v[2], v[3]);
+      }
     }
+  }
+
+  // ---- NaN and infinities --------------------------------------------------------------------------------------
+
+  // Zero times an infinity is NaN: what one group has reaches all groups of a product, and what lies at the image's
+  // border the sums over padding. So what came out as NaN is summed again, over its own group and inside the image.
+
+  static __device__ __forceinline__ float element(const void* tensor, int64_t bytes) {
+    return static_cast<float>(*reinterpret_cast<const T*>(static_cast<const char*>(tensor) + bytes));
+  }
+  static __device__ __forceinline__ float rounded(float v) { return static_cast<float>(static_cast<T>(v)); }
+  __device__ __forceinline__ int64_t output_at(int n, int row, int column, int channel) const {
+    return n * p.out_image + row * p.out_row + (column * int64_t{p.C} + channel) * 2;
+  }
+  // What the convolution reads, as it lies in shared memory.
+  __device__ __forceinline__ float exact_input(int n, int row, int column, int channel) const {
+    const int64_t at = n * p.in_image + row * p.in_row + (column * int64_t{p.C} + channel) * 2;
+    const float v = element(p.in, at);
+    if constexpr (kForward) {
+      return p.in_scale ? rounded(relu(p.in_scale[channel] * v + p.in_shift[channel])) : v;
+    } else {
+      if (!p.in_z) return v;
+      const float z = element(p.in_z, at);
+      const float y = p.in_y ? element(p.in_y, at) : p.in_scale[channel] * z + p.in_shift[channel];
+      const float g = p.a[channel] * (y <= 0.f ? 0.f : v);
+      return rounded(p.b ? g + p.b[channel] * z + p.c[channel] : g);
+    }
+  }
+  // Row (or column) of the input that a tap connects to one of the output; outside the image where there is none.
+  static __device__ __forceinline__ int connected(int out, int tap) {
+    if (kForward) return out * kInStride + tap - 1;
+    const int in = out + 1 - tap;
+    return G == Geometry::t2 ? (in & 1 ? -1 : in / 2) : in;
+  }
+  __device__ __forceinline__ bool inside(int row, int column) const {
+    return row >= 0 && row < p.in_h && column >= 0 && column < p.in_w;
+  }
+  // Calls f(n, row, column) for the block's output pixels, every `stride`-th of a row from `first` on.
+  template <class F>
+  __device__ __forceinline__ void each_pixel(int first, int stride, F f) const {
+    const int column_end = min(kOutStride * (column0 + p.units * kUnit), p.out_w);
+    const int row_end = min(kStepRows * (step0 + step_count), p.out_h);
+    for (int n = image0; n < min(image0 + p.walk * p.streams, p.N); ++n) {
+      for (int row = kStepRows * step0; row < row_end; ++row) {
+#pragma unroll 1
+        for (int column = kOutStride * column0 + first; column < column_end; column += stride) f(n, row, column);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float exact(int n, int row, int column, int channel) const {
+    const int group = channel / p.D * p.D;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int tap = 0; tap < 9 && !isnan(sum); ++tap) {
+      const int y = connected(row, tap / 3), x = connected(column, tap % 3);
+      if (!inside(y, x)) continue;
+#pragma unroll 1
+      for (int i = 0; i < p.D; ++i) {
+        const int64_t pair = kForward ? int64_t{channel} * p.D + i : int64_t{group + i} * p.D + channel - group;
+        sum += exact_input(n, y, x, group + i) * element(p.weight, (pair * 9 + tap) * 2);
+      }
+    }
+    if constexpr (kForward) {
+      if (p.out_scale) {
+        sum = sum * p.out_scale[channel] + p.out_shift[channel];
+        if (p.side) sum += element(p.side, output_at(n, row, column, channel));
+        sum = relu(sum);
+      }
+    }
+    return sum;
+  }
+  // Of the block's output pixels.
+  __device__ __forceinline__ float exact_dweight(int out, int in, int tap) const {
+    in += out / p.D * p.D;
+    float sum = 0.f;
+    each_pixel(0, 1, [&](int n, int row, int column) {
+      const int y = connected(row, tap / 3), x = connected(column, tap % 3);
+      if (isnan(sum) || !inside(y, x)) return;
+      const float a = element(p.side, output_at(n, row, column, in));
+      sum += (p.side_scale ? rounded(relu(p.side_scale[in] * a + p.side_shift[in])) : a) * exact_input(n, y, x, out);
+    });
+    return sum;
+  }
+
+  __device__ __forceinline__ void repair() const {
+    const int chunk = thread % kSlots;
+    if (chunk < chunks) {
+      each_pixel(thread / kSlots, kThreads / kSlots, [&](int n, int row, int column) {
+#pragma unroll 1
+        for (int channel = channel0 + 8 * chunk; channel < channel0 + 8 * chunk + 8; ++channel) {
+          T* at = reinterpret_cast<T*>(static_cast<char*>(p.out) + output_at(n, row, column, channel));
+          if (isnan(static_cast<float>(*at))) *at = static_cast<T>(exact(n, row, column, channel));
+        }
+      });
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ Statistics statistics_of_output() const {
+    Statistics statistics{};
+    each_pixel(8 * part + lane / 4, 8 * kParts, [&](int n, int row, int column) {
+      statistics.n += 1.f;
+      const float inverse = 1.f / statistics.n;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int chunk = 2 * pair + i / 2;
+        if (chunk >= chunks) break;
+        const float z = element(p.out, output_at(n, row, column, channel0 + chunk * 8 + lane % 4 * 2 + i % 2));
+        statistics.of[i / 2][i % 2].add(z, statistics.n, inverse);
+      }
+    });
+    return statistics;
   }
 
   // ---- the walk ------------------------------------------------------------------------------------------------
@@ -658,10 +840,9 @@ struct Conv {
   __device__ __forceinline__ void run() {
     Weights weights[2];
     Gradient gradient{};
-    Statistics statistics{};
-    Epilogue epilogue{};
+    Columns columns;
+    uint32_t odd = 0;
     const bool convolves = kHasConv && p.out;
-    make_places();
     if constexpr (kHasConv) {
       if (convolves) load_weights(weights);
     }
@@ -673,8 +854,8 @@ struct Conv {
           const int channel = channel0 + (2 * pair + j) * 8 + lane % 4 * 2;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            epilogue.scale[j][e] = __ldg(p.out_scale + channel + e);
-            epilogue.shift[j][e] = __ldg(p.out_shift + channel + e);
+            columns.epilogue.scale[j][e] = __ldg(p.out_scale + channel + e);
+            columns.epilogue.shift[j][e] = __ldg(p.out_shift + channel + e);
           }
         }
       }
@@ -689,11 +870,16 @@ struct Conv {
     // the groups of the ring: before this turn's, this turn's, the next turn's; the same for the side's steps
     uint32_t before = ring + 2 * p.group_bytes, now = ring, next = ring + p.group_bytes;
     uint32_t side = ring + p.side_offset, next_side = side + p.side_bytes;
+    uint32_t inside = 0;
+    int steps_done = 0;
     __syncthreads();
     fetch_input(now, 0, step0);
     for (int turn = 0; turn < turns; ++turn) {
       int next_walked = walked, next_group = group + 1;
       if (next_group == groups) ++next_walked, next_group = 0;
+      if constexpr (kForward) {
+        if (group == 0 && p.stats) inside = counted(walked);
+      }
       wait_copies();
       transform_input(now, walked, step0 + group);
       if (group > 0) transform_side(side, walked, step0 + group - 1);
@@ -709,24 +895,29 @@ struct Conv {
           const Rows rows = input_rows(before, now);
           if constexpr (kHasConv) {
             if (convolves) {
-              for (int tile = half; tile < p.tiles; tile += 2) {
+#pragma unroll 1
+              for (int i = 0; i < kWarpTiles; ++i) {
+                const int tile = part + kParts * i;
+                if (tile >= p.tiles) break;
                 float sum[kOutputs][2][4] = {};
-                convolve(sum, weights, rows, tile);
-                finish(sum, epilogue, statistics, out, walked, step, tile);
+                convolve(sum, weights, rows, i == 0 ? tile_pixel[0] : tile_pixel[kWarpTiles - 1]);
+                finish(sum, columns, inside >> 2 * i, out, step, tile);
+              }
+              if constexpr (kForward) {
+                // at once, since the first value is a poor origin if it is far off the others, then now and then
+                if (p.stats && steps_done++ % 4 == 0) take_sums(columns.statistics);
               }
             }
           }
           if constexpr (kHasDweight) {
             if (adds) {
-              for (int tile = kSplits == 2 ? half : 0; tile < p.tiles; tile += kSplits) {
-                add_dweight(gradient, rows, side, tile);
-              }
+              for (int tile = split(); tile < p.tiles; tile += kSplits) add_dweight(gradient, rows, side, tile);
             }
           }
         }
         if (convolves) {
           __syncthreads();
-          store_output(out, walked, step);
+          store_output(out, walked, step, odd);
         }
       }
       walked = next_walked, group = next_group;
@@ -734,10 +925,18 @@ struct Conv {
       before = now, now = next, next = free;
       side = next_side, next_side = free_side;
     }
+    if constexpr (kHasConv) {
+      if (__syncthreads_or(odd != 0)) {
+        repair();
+        if constexpr (kForward) {
+          if (p.stats && active()) columns.statistics = statistics_of_output();
+        }
+      }
+    }
     if constexpr (kForward) {
       if (p.stats) {
-        __syncthreads();
-        store_statistics(statistics);
+        take_sums(columns.statistics);
+        store_statistics(columns.statistics);
       }
     }
     if constexpr (kHasDweight) {

@@ -12,9 +12,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory, zeros where not `valid`.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+// 16 bytes to shared memory: `size` of them from global memory, then zeros.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t size) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
 }
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -38,6 +38,12 @@ __device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
 template <int kOffset = 0>
 __device__ __forceinline__ void store_shared_word(uint32_t to, uint32_t v) {
   asm volatile("st.shared.u32 [%0 + %2], %1;" ::"r"(to), "r"(v), "n"(kOffset) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared_half(uint32_t from) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+  return v;
 }
 
 // 8x8 matrices of 16-bit elements; lane l of 8 i + r gives the address of row r of matrix i.
@@ -64,6 +70,12 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[2], uint32_t from)
                : "=r"(r[0]), "=r"(r[1])
                : "r"(from)
                : "memory");
+}
+
+__device__ __forceinline__ uint32_t transposed(uint32_t matrix) {
+  uint32_t v;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(matrix));
+  return v;
 }
 
 // d (16 x 8) += a (16 x 16) b (16 x 8), and the same with 8 columns of a.
@@ -103,15 +115,37 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t word) {
 }
 template <class T>
 __device__ __forceinline__ uint32_t pack(float lo, float hi);
+template <class T>
+__device__ __forceinline__ uint32_t pack_relu(float lo, float hi);  // passes NaN, as torch's relu
+#define RK_PACK(T, TYPE)                                                        \
+  template <>                                                                   \
+  __device__ __forceinline__ uint32_t pack<T>(float lo, float hi) {             \
+    uint32_t v;                                                                 \
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));      \
+    return v;                                                                   \
+  }                                                                             \
+  template <>                                                                   \
+  __device__ __forceinline__ uint32_t pack_relu<T>(float lo, float hi) {        \
+    uint32_t v;                                                                 \
+    asm("cvt.rn.relu." TYPE "x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo)); \
+    return v;                                                                   \
+  }
+RK_PACK(__half, "f16")
+RK_PACK(__nv_bfloat16, "bf16")
+#undef RK_PACK
+
+// 0 * a + b of two elements each; zero stays zero unless `a` holds a NaN or an infinity.
+template <class T>
+__device__ __forceinline__ uint32_t times_zero_plus(uint32_t a, uint32_t b);
 template <>
-__device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
-  const __half2 v = __floats2half2_rn(lo, hi);
-  return *reinterpret_cast<const uint32_t*>(&v);
+__device__ __forceinline__ uint32_t times_zero_plus<__half>(uint32_t a, uint32_t b) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(b) : "r"(a), "r"(0));
+  return b;
 }
 template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
-  return *reinterpret_cast<const uint32_t*>(&v);
+__device__ __forceinline__ uint32_t times_zero_plus<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(b) : "r"(a), "r"(0));
+  return b;
 }
 
 // relu that passes NaN, as torch's.
@@ -145,6 +179,22 @@ __device__ __forceinline__ uint4 pack(const float (&v)[8]) {
   return make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
 }
 
+template <class T>
+__device__ __forceinline__ uint4 pack_relu(const float (&v)[8]) {
+  return make_uint4(pack_relu<T>(v[0], v[1]), pack_relu<T>(v[2], v[3]), pack_relu<T>(v[4], v[5]),
+                    pack_relu<T>(v[6], v[7]));
+}
+
+// Of a few values, relative to an origin near them.
+struct Sums {
+  float sum = 0.f, squares = 0.f;
+  __device__ __forceinline__ void add(float value, float origin) {
+    const float centred = value - origin;
+    sum += centred;
+    squares += centred * centred;
+  }
+};
+
 // Moments of a channel: mean and sum of squared deviations. The mean is origin + mean: a thread's values are taken from
 // the first of them, so that a mean far larger than the deviation costs no digits, and the origin is moved to the mean
 // when sets are merged, so that a first value far off the others costs none either. The count is kept beside it: it is
@@ -158,6 +208,16 @@ struct Moments {
     const float centred = value - origin, delta = centred - mean;
     mean += delta * inverse;
     m2 += delta * (centred - mean);
+  }
+  // n values here, and sums relative to `origin`; inverse = 1 / their count, share = count / (n + count). The origin
+  // moves to the mean.
+  __device__ __forceinline__ void take(const Sums& s, float n, float share, float inverse) {
+    const float other = s.sum * inverse, delta = other - mean;
+    m2 += (s.squares - s.sum * other) + delta * delta * (n * share);
+    mean += delta * share;
+    const float sum = origin + mean;
+    mean -= sum - origin;
+    origin = sum;
   }
   // n values here, other_n there (Chan, Golub and LeVeque, 1979).
   __device__ __forceinline__ void merge(float n, float other_n, const Moments& other) {

@@ -11,16 +11,27 @@ namespace resnext_kernels::cuda {
 //   t2: stride 2, gradient for the input: one input pixel per 2x2 output pixels
 enum class Geometry : int { s1, s2, t2 };
 
-constexpr int kThreads = 256;
-constexpr int kSlots = 8;  // 16-byte chunks (8 channels) of one pixel in shared memory: 128 bytes
-constexpr int kUnit = 8;   // pixels of one ldmatrix matrix
-constexpr int kRing = 3;   // groups of input rows in shared memory: two in use, one in flight
-constexpr int kPixelBytes = 16 * kSlots;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kUnit = 8;  // pixels of one ldmatrix matrix
+constexpr int kRing = 3;  // groups of input rows in shared memory: two in use, one in flight
 
-constexpr int rows_per_group(Geometry g) { return g == Geometry::t2 ? 1 : 2; }  // input rows loaded per step
-constexpr int rows_per_step(Geometry g) { return g == Geometry::s2 ? 1 : 2; }   // output rows made per step
-constexpr int in_stride(Geometry g) { return g == Geometry::s2 ? 2 : 1; }       // input columns per position
-constexpr int out_stride(Geometry g) { return g == Geometry::t2 ? 2 : 1; }      // output columns per position
+// Q, the name of a kernel's variant: input chunks (of 8 channels) that a pair of output chunks reads.
+// 16-byte chunks of one pixel in shared memory; with Q == 4 a block has few channels and many images instead, so that
+// the weights, and as many sums of their gradient, are fewer.
+constexpr int kMostSlots = 8;
+constexpr int slots(int q) { return q == 4 ? 4 : kMostSlots; }
+constexpr int rows_per_group(Geometry g, int q) {  // input rows loaded per step
+  return g == Geometry::t2 ? 1 : g == Geometry::s1 && q == 4 ? 4 : 2;
+}
+constexpr int rows_per_step(Geometry g, int q) {  // output rows made per step
+  return g == Geometry::s2 ? 1 : g == Geometry::s1 && q == 4 ? 4 : 2;
+}
+constexpr int in_stride(Geometry g) { return g == Geometry::s2 ? 2 : 1; }   // input columns per position
+constexpr int out_stride(Geometry g) { return g == Geometry::t2 ? 2 : 1; }  // output columns per position
+constexpr int most_units(Geometry g) { return g == Geometry::s1 ? 8 : 4; }  // of 8 positions in a row of a block
+// Input pixels of a row in shared memory: of `streams` images, each of `units`.
+constexpr int pitch(Geometry g, int units) { return units * kUnit * in_stride(g) + (g == Geometry::t2 ? 1 : 2); }
+constexpr int most_in_pixels(Geometry g) { return most_units(g) * pitch(g, 1); }
 
 // One convolution pass. `in` is what the convolution reads, `out` what it writes, `side` is read where `out` is
 // written:
@@ -60,11 +71,12 @@ struct ConvParams {
   int32_t walk;                     // groups of `streams` images that a block walks through
   int32_t steps, segment_steps;     // per image, per segment
   int32_t pitch;                    // input pixels per stream and row in shared memory
-  int64_t in_row, in_image, out_row, out_image;    // bytes from one to the next in global memory
-  int32_t in_pixels, out_pixels;                   // of one row in shared memory
-  int32_t group_bytes, side_bytes;                 // of a group of input rows, of the rows of a step
-  uint32_t pitch_magic, stream_magic, unit_magic;  // x / d == x * magic >> 20 for x < 2048
-  int32_t z_offset, y_offset, side_offset, out_offset, places_offset;  // in shared memory; the ring starts at 0
+  int64_t in_row, in_image, out_row, out_image;  // bytes from one to the next in global memory
+  int32_t in_pixels, out_pixels;                 // of one row in shared memory
+  int32_t group_bytes, side_bytes;               // of a group of input rows, of the rows of a step
+  // x / d == x * magic >> 20 for x * d < 2**20
+  uint32_t pitch_magic, stream_magic, unit_magic, group_magic, row_magic;
+  int32_t z_offset, y_offset, side_offset, out_offset;  // in shared memory; the ring starts at 0
 };
 
 constexpr int kMagicShift = 20;

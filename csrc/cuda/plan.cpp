@@ -29,6 +29,9 @@ Launch launch(std::string kernel, std::array<unsigned, 3> grid, unsigned block, 
   return made;
 }
 
+// Threads of a second stage: 32 columns, each the work of so many that they have a few parts to add.
+unsigned reduce_threads(int parts) { return 32 * std::min(32, std::max(4, parts / 4)); }
+
 // ---- channels of a block ---------------------------------------------------------------------------------------
 
 // Input chunks (of 8 channels) that a pair of output chunks reads at most, in blocks of `chunks`.
@@ -40,14 +43,14 @@ int band(int64_t D, int chunks) {
     const int64_t begin = first * 8 / D * D / 8, end = ceil_div((last / D + 1) * D, int64_t{8});
     most = std::max(most, end - begin);
   }
-  return most <= 2 ? 2 : most <= 4 ? 4 : 8;
+  return most <= 2 ? 2 : most <= 4 && chunks <= slots(4) ? 4 : 8;
 }
 
 // Whole groups in whole chunks, at most 64 channels: as many as leave the band as narrow as fewest would.
 int block_chunks(int64_t D) {
   const int fewest = static_cast<int>(std::lcm(D, int64_t{8}) / 8);
   int chunks = fewest;
-  for (int more = fewest; more <= kSlots; more += fewest) {
+  for (int more = fewest; more <= kMostSlots; more += fewest) {
     if (band(D, more) == band(D, fewest)) chunks = more;
   }
   return chunks;
@@ -63,12 +66,13 @@ struct Tiling {
 };
 
 int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, bool writes_out) {
+  const int pixel_bytes = 16 * slots(p.band);
   p.in_pixels = p.streams * p.pitch;
   p.out_pixels = p.tiles * 2 * kUnit * out_stride(g);
-  p.group_bytes = rows_per_group(g) * p.in_pixels * kPixelBytes;
-  p.side_bytes = rows_per_step(g) * p.out_pixels * kPixelBytes;
-  const int group = p.group_bytes, side = p.side_bytes;
-  int offset = kRing * group;
+  p.group_bytes = rows_per_group(g, p.band) * p.in_pixels * pixel_bytes;
+  p.side_bytes = rows_per_step(g, p.band) * p.out_pixels * pixel_bytes;
+  const int group = ceil_div(p.group_bytes, 128) * 128, side = p.side_bytes;
+  int offset = ceil_div(kRing * p.group_bytes, 128) * 128;
   p.z_offset = offset;
   if (!forward && p.in_z) offset += group;
   p.y_offset = offset;
@@ -80,34 +84,33 @@ int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, boo
     if (writes_out) offset += side;
   }
   const int rows = p.block_chunks * 8;
-  const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 8 ? 0 : 8)) * 2 + 32;
+  const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 16 ? 0 : 8)) * 2 + 48;
   const int dweight_rows = dweight_only && p.band == 8 ? std::min(rows, 32) : rows;
   const int dweight = p.dweight ? dweight_rows * (p.D * 9 + (p.D % 8 ? 0 : 4)) * 4 : 0;
-  p.places_offset = ceil_div(std::max({offset, weights, dweight}), 16) * 16;
-  return p.places_offset + (p.in_pixels + p.out_pixels) * 8;
+  return std::max({offset, weights, dweight});
 }
 
 // Divides the map into strips of columns, and images into walks, so that the blocks fill the device evenly.
 Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Device& device, int blocks_per_sm) {
   Tiling t{};
   const int positions = g == Geometry::t2 ? p.in_w : p.out_w;
-  const int out_rows = rows_per_step(g);
   p.block_chunks = block_chunks(p.D);
   p.band = band(p.D, p.block_chunks);
-  p.slots = std::min(kSlots, std::max((p.block_chunks + 1) / 2 * 2, p.band));
+  const int out_rows = rows_per_step(g, p.band), run = kThreads / slots(p.band);
+  p.slots = std::min(slots(p.band), std::max((p.block_chunks + 1) / 2 * 2, p.band));
   p.steps = ceil_div(p.out_h, out_rows);
 
-  const int units = ceil_div(positions, kUnit), most_units = g == Geometry::s1 ? 8 : 4;
+  const int units = ceil_div(positions, kUnit), most = most_units(g);
   const int soft_limit = std::min(device.shared_bytes, blocks_per_sm == 2 ? 80 * 1024 : 160 * 1024);
   const auto lay_out = [&](int width, int streams) {  // whether it fits
     p.units = width;
     p.streams = streams;
     p.tiles = ceil_div(streams * width, 2);
-    p.pitch = width * kUnit * in_stride(g) + (g == Geometry::t2 ? 1 : 2);
+    p.pitch = pitch(g, width);
     t.shared_bytes = shared_bytes(p, g, forward, dweight_only, p.out != nullptr);
     return t.shared_bytes <= soft_limit;
   };
-  int strips = ceil_div(units, most_units);
+  int strips = ceil_div(units, most);
   while (!lay_out(ceil_div(units, strips), 1) && strips < units) ++strips;
   const int width = ceil_div(units, strips);
   p.strips = ceil_div(units, width);
@@ -122,12 +125,12 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
   double best = -1;
   int best_streams = 1;
-  for (int streams = std::min(std::max(1, most_units / width), p.N); streams > 0; --streams) {
+  for (int streams = std::min(std::max(1, most / width), p.N); streams > 0; --streams) {
     if (!lay_out(width, streams) && streams > 1) continue;
     const int image_groups = ceil_div(p.N, streams);
-    // a turn costs its tiles of 16 positions, and its input pixels, which threads fetch 32 at a time
+    // a turn costs its tiles of 16 positions, and its input pixels, which threads fetch a run at a time
     const double positions_done = out_rows * p.tiles * 16 * (forward ? 1.0 : 2.5);
-    const double pixels_done = rows_per_group(g) * ceil_div(p.in_pixels, 32) * 32 * (forward ? 1.0 : 2.5);
+    const double pixels_done = rows_per_group(g, p.band) * ceil_div(p.in_pixels, run) * run * (forward ? 1.0 : 2.5);
     const double turn_bytes = (positions_done + pixels_done) * p.block_chunks * 16;
     for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
       const int segment_steps = ceil_div(p.steps, segments);
@@ -154,6 +157,8 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   p.pitch_magic = magic(p.pitch);
   p.stream_magic = magic(p.units * kUnit * out_stride(g));
   p.unit_magic = magic(p.units);
+  p.group_magic = magic(p.D);
+  p.row_magic = magic(std::max(1, p.D * 9 / 8));
   t.params = p;
   return t;
 }
@@ -190,7 +195,7 @@ Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvPa
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
     const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
     plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1},
-                                   1024, 0, reduce, offsetof(ReduceParams, partial)));
+                                   reduce_threads(t.parts()), 0, reduce, offsetof(ReduceParams, partial)));
   }
   return plan;
 }
@@ -207,7 +212,7 @@ std::string why_not(const ConvProblem& p) {
   }
   if (p.C % 8) return "channels must be a multiple of 8, not " + std::to_string(p.C);
   if (p.din() > kMaxD) return "channels per group must be at most 64, not " + std::to_string(p.din());
-  if (std::lcm(p.din(), int64_t{8}) > 8 * kSlots) {
+  if (std::lcm(p.din(), int64_t{8}) > 8 * kMostSlots) {
     return "channels per group must have a common multiple with 8 of at most 64, not " + std::to_string(p.din());
   }
   const int64_t most = int64_t{1} << 30;
@@ -280,7 +285,7 @@ PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device&
   p.M = M, p.C = static_cast<int32_t>(C);
   // four blocks of 256 threads for every multiprocessor, unless there are fewer rows
   const int64_t columns = ceil_div<int64_t>(C, 64);
-  const int64_t most = ceil_div<int64_t>(M, kThreads / kSlots);
+  const int64_t most = ceil_div<int64_t>(M, kThreads / kMostSlots);
   p.parts = static_cast<int32_t>(std::min(most, std::max<int64_t>(1, 4 * device.multiprocessors / columns)));
   return p;
 }
@@ -299,8 +304,8 @@ Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, c
   plan.launches.push_back(
       launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, mean, var, C, p.parts};
-  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1}, 1024, 0,
-                                 reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1},
+                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
   return plan;
 }
 
@@ -325,8 +330,8 @@ Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& devi
   plan.launches.push_back(
       launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, sum_g, sum_g_xhat, C, p.parts};
-  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1}, 1024, 0,
-                                 reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1},
+                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
   return plan;
 }
 

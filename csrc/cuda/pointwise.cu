@@ -15,6 +15,7 @@
 namespace resnext_kernels::cuda {
 namespace {
 
+constexpr int kSlots = kMostSlots;
 constexpr int kRows = kThreads / kSlots;  // threads of one channel in a block
 constexpr int kFlight = 4;                // rows that a thread loads before it uses the first
 constexpr int kSumsFlight = 2;            // the same where the sums need the registers
@@ -218,34 +219,34 @@ using namespace resnext_kernels::cuda;
 RK_POINTWISE_KERNELS(RK_DEFINE_POINTWISE, __half, f16)
 RK_POINTWISE_KERNELS(RK_DEFINE_POINTWISE, __nv_bfloat16, bf16)
 
-// Second stages over `parts`. A block of 1024 threads: 32 columns, each the work of 32 threads.
+// Second stages over `parts`. A block: 32 columns, each the work of up to 32 threads.
 
 // (parts, 2, C) -> out0 (C), out1 (C); size == C.
 extern "C" __global__ void __launch_bounds__(1024) add_sums(const __grid_constant__ ReduceParams p) {
   __shared__ float shared[32][33];
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32, rows = blockDim.x / 32;
   const int64_t i = blockIdx.x * 32ll + lane;
   float sum = 0.f;
   if (i < 2 * p.size) {
-    for (int part = row; part < p.parts; part += 32) sum += p.partial[part * 2 * p.size + i];
+    for (int part = row; part < p.parts; part += rows) sum += p.partial[part * 2 * p.size + i];
   }
   shared[row][lane] = sum;
   __syncthreads();
   if (row || i >= 2 * p.size) return;
   sum = 0.f;
-  for (int r = 0; r < 32; ++r) sum += shared[r][lane];
+  for (int r = 0; r < rows; ++r) sum += shared[r][lane];
   static_cast<float*>(i < p.size ? p.out0 : p.out1)[i < p.size ? i : i - p.size] = sum;
 }
 
 // (parts, 4, C) count and Moments -> out0 mean (C), out1 biased variance (C).
 extern "C" __global__ void __launch_bounds__(1024) finish_moments(const __grid_constant__ ReduceParams p) {
   __shared__ float shared[4][32][33];
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32, rows = blockDim.x / 32;
   const int64_t i = blockIdx.x * 32ll + lane;
   float n = 0.f;
   Moments own;
   if (i < p.size) {
-    for (int part = row; part < p.parts; part += 32) {
+    for (int part = row; part < p.parts; part += rows) {
       const float* from = p.partial + part * 4 * p.size + i;
       const Moments other{from[p.size], from[2 * p.size], from[3 * p.size]};
       own.merge(n, from[0], other);
@@ -256,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(1024) finish_moments(const __grid_c
   shared[2][row][lane] = own.mean, shared[3][row][lane] = own.m2;
   __syncthreads();
   if (row || i >= p.size) return;
-  for (int r = 1; r < 32; ++r) {
+  for (int r = 1; r < rows; ++r) {
     const Moments other{shared[1][r][lane], shared[2][r][lane], shared[3][r][lane]};
     own.merge(n, shared[0][r][lane], other);
     n += shared[0][r][lane];

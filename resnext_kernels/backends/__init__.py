@@ -21,8 +21,9 @@ from types import ModuleType
 import torch
 
 from ..problem import ConvProblem
+from .tuning import autotune
 
-__all__ = ["NAMES", "available", "compatible", "requested", "select", "use"]
+__all__ = ["NAMES", "autotune", "available", "compatible", "requested", "select", "use"]
 
 NAMES: tuple[str, ...] = tuple(
     name
@@ -139,5 +140,5 @@ def _select(
 ) -> ModuleType:
     """`select` for such an x, remembered: what each call of an operator asks."""
     n, c, h, w = shape
-    problem = ConvProblem(n, h, w, c, k, groups, stride, dilation, dtype, device.type, training)
-    return select(problem, name)
+    on = (dtype, device.type, training, device.index)
+    return select(ConvProblem(n, h, w, c, k, groups, stride, dilation, *on), name)

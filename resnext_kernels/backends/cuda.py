@@ -42,15 +42,15 @@ def why_not(problem: ConvProblem) -> str | None:
         return _MISSING
     if problem.device_type != "cuda":
         return f"tensors must be on a CUDA device, not on {problem.device_type!r}"
-    return _why_no_device() or _why_not_served(problem)
+    return _why_no_device(problem.device_index) or _why_not_served(problem)
 
 
-def _why_no_device() -> str | None:
+def _why_no_device(index: int | None) -> str | None:
     if torch.version.hip is not None:
         return "this is a ROCm build of torch, the kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"the device's compute capability must be at least 8.0, not {major}.{minor}"
     return None

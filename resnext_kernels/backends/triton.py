@@ -31,6 +31,21 @@ of that column is one dot with 4 tiles of columns (a power of two; the fourth is
 quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
 a tap at a time. Both also compute dx, and reduce BatchNorm's statistics in their epilogue.
 
+`_conv_backward_kernel` (NVIDIA; float16 and bfloat16, D = 2, 4, 8, 16, 32, channels a multiple of
+32, stride 1, 2) makes dx and dweight of one reading of dy, z and x. A warp has a block of 16
+channels out by 16 in, walks 16 columns down the rows of dz, 14 of them its own, and keeps the
+weights and dweight, nine taps of each, in registers. Columns are shifted by products with matrices
+of zeros and ones, S:
+
+    S_kw @ dz      (P, K)  @ W    -> rows h - 1, h, h + 1 of dx
+    dz^T @ S_kw^T  (K, P)  @ x    -> dweight
+
+Such a product is exact, and leaves its result in the registers where the next one wants its
+operand; for that reason images enter through a product with the identity matrix, turned. Each
+pixel goes through shared memory once. A zero times an infinite or NaN pixel would reach its
+neighbours: programs whose dweight is not finite compute everything again, without S.
+`_conv_shift_kernel` is the same for the forward of D = 32, stride 1.
+
 Products accumulate in float32. Reductions over pixels go in two stages, a partial result a program
 and then their sum in a fixed order: no atomics, and the same bits from run to run. Statistics are
 merged as means and squared deviations (Welford 1962; Chan, Golub & LeVeque 1979).
@@ -43,14 +58,15 @@ groups == 1, with BatchNorm and ReLU around it from the kernels here.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
-from . import reference
+from . import reference, tuning
 from .reference import (  # noqa: F401
     bn_affine,
     bn_gradient_vectors,
@@ -96,7 +112,7 @@ def why_not(problem: ConvProblem) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(problem.device_index)
         if capability < (8, 0):
             return "compute capability must be at least 8.0, not {}.{}".format(*capability)
     pixels = problem.n * problem.h * problem.w
@@ -106,6 +122,31 @@ def why_not(problem: ConvProblem) -> str | None:
 
 
 # Configurations ------------------------------------------------------------------------------
+
+Arch = int | str  # 90: NVIDIA's compute capability 9.0; "gfx942": AMD's
+
+# KiB of shared memory that one program may have. NVIDIA: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"; AMD: the LDS in the CDNA instruction set references.
+SHARED_KIB: dict[Arch, int] = {
+    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99,
+    "gfx90a": 64, "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
+
+
+def _shared_bytes(arch: Arch) -> int:
+    """What one program may have; of an unknown architecture the least that its maker offers."""
+    return 1024 * SHARED_KIB.get(arch, 64 if isinstance(arch, str) else 99)
+
+
+@lru_cache(maxsize=64)
+def _arch(device: torch.device) -> Arch:
+    """The architecture of the tensors' own device; on the CPU, interpreted, that of an A100."""
+    if device.type != "cuda":
+        return 80
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return 10 * properties.major + properties.minor
 
 
 @dataclass(frozen=True)
@@ -117,7 +158,8 @@ class Config:
         src_width, dst_width: Channels of a tile, in and out, powers of two.
         tiles: Tiles side by side in a program, a warp each; 1: `warps` warps share one.
         block_p: Pixels, or columns of pixels, of a tile.
-        rows: Output rows that a program of `_conv_rows_kernel` walks; 0: `_conv_kernel`.
+        rows: Output rows that a program of `_conv_rows_kernel` or `_conv_shift_kernel` walks;
+            0: `_conv_kernel`.
         unroll: Rows in one turn of its loop, which share one load of the weights.
         warps, stages: Warps of a program; tiles of x under way in cp.async.
     """
@@ -132,6 +174,20 @@ class Config:
     warps: int
     stages: int
 
+    @property
+    def shifts(self) -> bool:
+        """Whether it is `_conv_shift_kernel`'s, whose outer two columns are its neighbours'."""
+        return self.rows > 0 and self.src_width == 32
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """The most shared memory that it takes: tiles under way, one in use, or the result."""
+        x = self.block_p * self.tiles * self.src_width * itemsize
+        out = self.block_p * self.tiles * self.dst_width * 4
+        weights = self.tiles * self.src_width * self.dst_width * itemsize
+        if self.rows:  # three dots a row; their weights, four taps each, stay
+            return 12 * weights + 3 * self.unroll * (self.stages - 1) * x + max(x, out)
+        return (self.stages - 1) * (x + weights) + max(x + weights, out)
+
 
 def _pow2(n: int, low: int) -> int:
     return max(low, 1 << (n - 1).bit_length())
@@ -143,12 +199,21 @@ _ROWS = 14
 
 
 def _conv_config(
-    src_d: int, dst_d: int, groups: int, h: int, by_rows: bool, dtype: torch.dtype, computed: bool
+    src_d: int,
+    dst_d: int,
+    groups: int,
+    h: int,
+    by_rows: bool,
+    dtype: torch.dtype,
+    computed: bool,
+    arch: Arch,
 ) -> Config:
-    """For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
+    """The table. For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
     what is multiplied is, from x or dz, and not just loaded."""
+    amd = isinstance(arch, str)
+    hopper = isinstance(arch, int) and arch >= 90
     half = dtype.itemsize == 2
-    narrow = 16 if half else 8  # the depth of one matrix instruction
+    narrow = 16 if half or amd else 8  # what one matrix instruction takes
     pack = max(1, narrow // max(src_d, dst_d))
     src, dst = _pow2(pack * src_d, narrow), _pow2(pack * dst_d, narrow)
     widest = max(src, dst)
@@ -158,19 +223,50 @@ def _conv_config(
     if by_rows and widest <= 16 and half:
         # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
         # half as many columns
-        unroll, stages = (2 if exact else 1, 1) if computed else (2, 2)
-        return Config(pack, src, dst, tiles, 16, rows, unroll, max(tiles, 2), stages)
+        if amd and pack > 4:
+            tiles = min(tiles, 2)  # groups one at a time: their masks are in the scalar registers
+        once = not exact or tiles == 1 or (amd and pack > 4)
+        unroll, stages = (1 if once else 2, 1) if computed else (2, 2)
+        crowded = tiles == 1 or (pack <= 4 and (amd or arch in (90, 100, 103)))
+        if crowded and not computed:
+            # ptxas aims at three programs, 168 registers a thread, and spills; a row a turn needs
+            # 135, and some have room for four. On AMD it leaves room for two waves.
+            unroll = 1
+        # a row of x is 16 bytes for each of a wave's lanes, which are 64 on AMD
+        p = 32 if amd and exact and pack <= 4 else 16
+        return Config(pack, src, dst, tiles, p, rows, unroll, max(tiles, 2), stages)
+    if by_rows and widest == 32 and half and exact:
+        # D = 32: `_conv_shift_kernel`, two warps to a group
+        return Config(1, 32, 32, 1, 16, rows, 1, 2, 1)
     if by_rows and widest == 8:
-        # float32, D = 4, 8
+        # float32, D = 4, 8. Without tensor cores 8 warps have too few registers.
+        if _precision(dtype) == "ieee":
+            tiles = min(tiles, 4)
         return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    p = 64 if half else 16
-    if half and (not exact or widest > 32 or (computed and widest > 16)):
-        # more registers go to addresses and vectors
+    # float32 from sm_90 on: with 16, ptxas aims at six programs, and spills
+    p = 64 if half else (32 if hopper and widest > 8 else 16)
+    if half and (not exact or widest > 32 or (computed and widest > 16) or pack > 2):
+        # more registers go to addresses, to vectors, or to groups one at a time
         p = 32
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
+
+
+def _alternatives(config: Config, h: int, dtype: torch.dtype, arch: Arch) -> list[Config]:
+    """What autotuning tries besides the table's choice: one step away from it in one respect,
+    where that fits the shared memory."""
+    changes: list[dict[str, int]] = [{"stages": stages} for stages in (1, 2, 3, 4)]
+    changes += [{"block_p": p} for p in (config.block_p // 2, config.block_p * 2) if p >= 16]
+    if config.rows:
+        changes += [{"unroll": unroll} for unroll in (1, 2) if not config.shifts]
+        changes += [{"rows": triton.cdiv(h, triton.cdiv(h, rows))} for rows in (7, 28, 56)]
+    else:
+        changes += [{"warps": config.warps // 2}, {"warps": config.warps * 2}]
+    found = [replace(config, **change) for change in changes]
+    fitting = [c for c in found if c.shared_bytes(dtype.itemsize) <= _shared_bytes(arch)]
+    return [c for c in dict.fromkeys(fitting) if c != config]
 
 
 # Of the weights. A stride known to be 1 makes the compiler load 8 elements a lane, and their way
@@ -214,6 +310,20 @@ def _split(t, TILES: tl.constexpr):
 def _join(t):
     """(TILES, P, WIDTH) -> (P, TILES*WIDTH)."""
     return tl.reshape(tl.permute(t, (1, 0, 2)), (t.shape[1], t.shape[0] * t.shape[2]))
+
+
+@_jit
+def _turn(t):
+    """(BLOCKS, A, B) -> (BLOCKS, B, A)."""
+    return tl.permute(t, (0, 2, 1))
+
+
+@_jit
+def _shift(ok, by, one):
+    """(BLOCKS, P, P): row p of its product with a tile is the tile's row p + by, 0 where not ok."""
+    p = tl.arange(0, ok.shape[0])
+    t = ((p[None, :] == p[:, None] + by) & ok[:, None]).to(one.dtype)
+    return tl.dot(tl.broadcast_to(t[None, :, :], one.shape), _turn(one)).to(one.dtype)
 
 
 @_jit
@@ -364,6 +474,17 @@ def _store_statistics(
 
 
 @_jit
+def _taps(phase, stride, dilation):
+    """First, step and number of the taps k of dx with stride | phase - (k - 1)*dilation."""
+    zero = (phase + dilation) % stride == 0
+    one = phase % stride == 0
+    two = (phase - dilation) % stride == 0
+    first = tl.where(zero, 0, tl.where(one, 1, 2))
+    count = zero.to(tl.int32) + one.to(tl.int32) + two.to(tl.int32)
+    return first, tl.where(count == 2, 2, 1), count  # of two, tap 1 is none
+
+
+@_jit
 def _conv(
     x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
     SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, stride, dilation,
@@ -380,19 +501,24 @@ def _conv(
     """
     SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    if STRIDED:
+        first_h, step_h, count_h = _taps(phase_h, stride, dilation)
+        first_w, step_w, count_w = _taps(phase_w, stride, dilation)
     acc = tl.zeros((TILES, BLOCK_P, DST), tl.float32)
     for chunk in range(0, PACK * SRC_D, SRC):
         src, src_ok = _columns(tile, chunk, SRC_C, SRC_D, PACK, SRC, TILES)
-        for tap in range(9):
+        for tap in range(count_h * count_w if STRIDED else 9):
+            if STRIDED:
+                kh = first_h + tap // count_w * step_h
+                kw = first_w + tap % count_w * step_w
+                tap = kh * 3 + kw
             down = (tap // 3 - 1) * dilation
             right = (tap % 3 - 1) * dilation
-            some = True
             if TRANSPOSED:
                 src_h = h - down
                 src_w = w - right
                 ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
                 if STRIDED:
-                    some = ((phase_h - down) % stride == 0) & ((phase_w - right) % stride == 0)
                     src_h //= stride
                     src_w //= stride
             else:
@@ -400,23 +526,22 @@ def _conv(
                 src_w = w * stride + right
                 ok = pixel_ok & (src_h >= 0) & (src_w >= 0)
             ok &= (src_h < SRC_H) & (src_w < SRC_W)
-            if some:
-                pixel = (n * SRC_H + src_h) * SRC_W + src_w
-                x = _load_source(
-                    x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
-                    pixel[:, None] * SRC_C + src[None, :],
-                    ok[:, None] & src_ok[None, :], src, src_ok,
-                )  # fmt: skip
-                weights = _weights(
-                    w_ptr, tile, chunk, first_dst,
-                    tl.zeros((DST,), tl.int32) + tap, K, stride_k, stride_d, stride_tap,
-                    DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
-                )  # fmt: skip
-                x = _split(x, TILES)
-                if GROUPWISE:
-                    acc = _dot_groups(x, weights, acc, SRC_D, DST_D, DST, PACK, PRECISION)
-                else:
-                    acc = _dot(x, weights, acc, PRECISION)
+            pixel = (n * SRC_H + src_h) * SRC_W + src_w
+            x = _load_source(
+                x_ptr, z_ptr, y_ptr, in_scale_ptr, in_shift_ptr, a_ptr, b_ptr, c_ptr,
+                pixel[:, None] * SRC_C + src[None, :],
+                ok[:, None] & src_ok[None, :], src, src_ok,
+            )  # fmt: skip
+            weights = _weights(
+                w_ptr, tile, chunk, first_dst,
+                tl.zeros((DST,), tl.int32) + tap, K, stride_k, stride_d, stride_tap,
+                DIN, DOUT, PACK, SRC, DST, TILES, TRANSPOSED,
+            )  # fmt: skip
+            x = _split(x, TILES)
+            if GROUPWISE:
+                acc = _dot_groups(x, weights, acc, SRC_D, DST_D, DST, PACK, PRECISION)
+            else:
+                acc = _dot(x, weights, acc, PRECISION)
     return acc
 
 
@@ -594,6 +719,147 @@ def _conv_kernel(
 
 
 @_jit
+def _finish_row(
+    out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, C, result, own, channel, ok,
+    count, odd, pivot, mean, m2,
+):  # fmt: skip
+    """Store a row of results (BLOCKS, P, 16), and add it to the statistics."""
+    odd += result * 0.0
+    result = _join(result)
+    _store_result(
+        out_ptr, pixel[:, None] * C + channel[None, :], own[:, None] & ok[None, :], result,
+        scale_ptr, shift_ptr, residual_ptr, channel, ok,
+    )  # fmt: skip
+    if partial_ptr is not None:
+        if count == 1:
+            pivot = _pivot(result, own)
+        relative = result - pivot[None, :]
+        off = relative - mean
+        mean += off / count
+        m2 += off * (relative - mean)
+    return odd, pivot, mean, m2
+
+
+@_jit
+def _conv_shift_kernel(
+    x_ptr, in_scale_ptr, in_shift_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, out_ptr,
+    partial_ptr,
+    N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
+    DIN: tl.constexpr, DOUT: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stride 1, groups of 32 channels. Programs: (groups / TILES, N*W / USED, H / rows).
+
+    A warp makes 16 of a group's channels, for which it keeps the weights.
+    """
+    USED: tl.constexpr = BLOCK_P - 2
+    SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
+    DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
+    BLOCKS: tl.constexpr = 2 * TILES
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    tile = tl.program_id(0) * TILES
+    src, src_ok = _columns(tile, 0, SRC_C, SRC_D, 1, 32, TILES)
+    dst, dst_ok = _columns(tile, 0, DST_C, DST_D, 1, 32, TILES)
+    position = tl.arange(0, BLOCK_P)
+    one = (position[None, :] == position[:, None]).to(DTYPE)
+    one = tl.broadcast_to(one[None, :, :], (BLOCKS, BLOCK_P, BLOCK_P))
+    one = tl.dot(one, one).to(DTYPE)
+    wide = tl.arange(0, 32)
+    one_wide = (wide[None, :] == wide[:, None]).to(DTYPE)
+    one_wide = tl.broadcast_to(one_wide[None, :, :], (BLOCKS, 32, 32))
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    i = wide[None, :, None]
+    o = block % 2 * 16 + tl.arange(0, 16)[None, None, :]
+    in_group = (i < SRC_D) & (o < DST_D)
+    if TRANSPOSED:
+        i, o = o, i
+    k = (tile + block // 2) * DOUT + o
+    weights = ()  # (BLOCKS, 16 channels of the result, 32 of x)
+    for tap in tl.static_range(9):
+        at = (8 - tap if TRANSPOSED else tap) * stride_tap
+        at += k.to(tl.int64) * stride_k + i * stride_d
+        weight = tl.load(w_ptr + at, mask=in_group & (k < K), other=0.0)
+        weights += (tl.dot(_turn(weight), one_wide).to(DTYPE),)
+    scale = None
+    shift = None
+    if in_scale_ptr is not None:
+        c = tl.arange(0, 32)[None, :, None]
+        channel = (tile + block // 2) * SRC_D + c
+        channel_ok = (c < SRC_D) & (channel < SRC_C)
+        scale = tl.load(in_scale_ptr + channel, mask=channel_ok, other=0.0)
+        shift = tl.load(in_shift_ptr + channel, mask=channel_ok, other=0.0)
+    column = tl.program_id(1) * USED - 1 + position
+    own = (column < N * W) & (position > 0) & (position <= USED)
+    n = (column // W).to(tl.int64)
+    w = column % W
+    inside = own | ((position == 0) & (column >= 0) & (w + 1 < W))
+    inside |= (position == USED + 1) & (column < N * W) & (w > 0)
+    left = _shift(w > 0, -1, one)
+    right = _shift(w + 1 < W, 1, one)
+
+    first = tl.program_id(2) * rows
+    last = tl.minimum(first + rows, H)  # output rows first to last - 1
+    zero = tl.zeros((BLOCKS, BLOCK_P, 16), tl.float32)
+    upper = zero  # what rows above have given to output rows r - 1 and r
+    middle = zero
+    odd = zero  # NaN where a result was not finite
+    pivot = tl.zeros((BLOCKS * 16,), tl.float32)
+    mean = tl.zeros((BLOCK_P, BLOCKS * 16), tl.float32)
+    m2 = mean
+    for r in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, H)):
+        pixel = (n * H + r) * W + w
+        x = tl.load(
+            x_ptr + pixel[:, None] * SRC_C + src[None, :],
+            mask=inside[:, None] & src_ok[None, :], other=0.0,
+        )  # fmt: skip
+        x = tl.broadcast_to(tl.reshape(x, (BLOCK_P, TILES, 1, 32)), (BLOCK_P, TILES, 2, 32))
+        x = _turn(_split(tl.reshape(x, (BLOCK_P, BLOCKS * 32)), BLOCKS))  # (BLOCKS, 32, P)
+        x = tl.dot(x, _turn(one))
+        if in_scale_ptr is not None:
+            x = tl.where(inside[None, None, :], _relu(x * scale + shift), 0.0)
+        x = x.to(DTYPE)
+        lower = zero
+        for kw in tl.static_range(3):
+            by = left if kw == 0 else (one if kw == 1 else right)
+            moved = tl.dot(by, _turn(x)).to(DTYPE)  # (BLOCKS, P, 32)
+            upper = tl.dot(moved, _turn(weights[6 + kw]), upper)
+            middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
+            lower = tl.dot(moved, _turn(weights[kw]), lower)
+        if r > first:
+            odd, pivot, mean, m2 = _finish_row(
+                out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, pixel - W, DST_C,
+                upper, own, dst, dst_ok, r - first, odd, pivot, mean, m2,
+            )  # fmt: skip
+        upper = middle
+        middle = lower
+    if last == H:
+        odd, pivot, mean, m2 = _finish_row(
+            out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, (n * H + H - 1) * W + w,
+            DST_C, upper, own, dst, dst_ok, H - first, odd, pivot, mean, m2,
+        )  # fmt: skip
+    if tl.max((odd != 0.0).to(tl.int32)) > 0:
+        # an x that is not finite reached its neighbours
+        tl.debug_barrier()  # what follows is written over what was written above
+        mean = tl.zeros((BLOCK_P, BLOCKS * 16), tl.float32)
+        m2 = mean
+        for h in range(first, last):
+            result = _conv(
+                x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None, w_ptr,
+                H, W, SRC_C, K, stride_k, stride_d, stride_tap, 1, 1,
+                tile, 0, n, h + tl.zeros_like(w), w, own, 0, 0,
+                DIN, DOUT, 1, 32, 32, TILES, BLOCK_P, TRANSPOSED, False, PRECISION, False,
+            )  # fmt: skip
+            _, pivot, mean, m2 = _finish_row(
+                out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, (n * H + h) * W + w,
+                DST_C, result, own, dst, dst_ok, h + 1 - first, result, pivot, mean, m2,
+            )  # fmt: skip
+    if partial_ptr is not None:
+        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        count = (last - first) * 1.0 + tl.zeros((BLOCK_P,), tl.float32)
+        _store_statistics(partial_ptr, program, DST_C, pivot, mean, m2, own, count, dst, dst_ok)
+
+
+@_jit
 def _dweight_kernel(
     dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
     x_ptr, in_scale_ptr, in_shift_ptr, partial_ptr,
@@ -651,6 +917,304 @@ def _dweight_kernel(
     ok = (i // DIN == o // DOUT) & (i < PACK * DIN) & (o < PACK * DOUT) & (k < K) & (kw < 3)
     row = (tl.program_id(2) * 9 + kh * 3 + kw).to(tl.int64) * K + k
     tl.store(partial_ptr + row * DIN + i % DIN, acc, mask=ok)
+
+
+# Kernels: dx and dweight of one reading ------------------------------------------------------
+
+
+@_jit
+def _spread(t, TILES: tl.constexpr, CHUNKS: tl.constexpr, OUT: tl.constexpr):
+    """(P, TILES*CHUNKS*16) -> (BLOCKS, 16, P): the channels out, or in, of every block.
+
+    BLOCKS = (TILES, chunks out, chunks in).
+    """
+    P: tl.constexpr = t.shape[0]
+    if CHUNKS > 1:
+        if OUT:
+            t = tl.reshape(t, (P, TILES, CHUNKS, 1, 16))
+        else:
+            t = tl.reshape(t, (P, TILES, 1, CHUNKS, 16))
+        t = tl.broadcast_to(t, (P, TILES, CHUNKS, CHUNKS, 16))
+        t = tl.reshape(t, (P, TILES * CHUNKS * CHUNKS * 16))
+    return _turn(_split(t, TILES * CHUNKS * CHUNKS))
+
+
+@_jit
+def _gather(t, TILES: tl.constexpr, CHUNKS: tl.constexpr):
+    """(BLOCKS, P, 16) -> (P, TILES*CHUNKS*16): the sum over the channels out of blocks."""
+    if CHUNKS > 1:
+        t = tl.reshape(t, (TILES, CHUNKS, CHUNKS, t.shape[1], t.shape[2]))
+        t = tl.sum(t, 1)
+        t = tl.reshape(t, (TILES * CHUNKS, t.shape[2], t.shape[3]))
+    return _join(t)
+
+
+@_jit
+def _turned(ptr, offset, mask, one, TILES: tl.constexpr, CHUNKS: tl.constexpr, OUT: tl.constexpr):
+    """(BLOCKS, 16, P) of an image, float32."""
+    t = _spread(tl.load(ptr + offset, mask=mask, other=0.0), TILES, CHUNKS, OUT)
+    return tl.dot(t, _turn(one))
+
+
+@_jit
+def _turned_x(
+    x_ptr, scale, shift, offset, pixel_ok, ok, one, TILES: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """(BLOCKS, 16, P): x, or relu(scale*x + shift)."""
+    x = _turned(x_ptr, offset, pixel_ok[:, None] & ok[None, :], one, TILES, CHUNKS, False)
+    if scale is not None:
+        x = tl.where(pixel_ok[None, None, :], _relu(x * scale + shift), 0.0)
+    return x.to(one.dtype)
+
+
+@_jit(do_not_specialize=("rows", "splits", "walk"))
+def _conv_backward_kernel(
+    dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
+    x_ptr, in_scale_ptr, in_shift_ptr, w_ptr, dx_ptr, partial_ptr,
+    N, X_H, X_W, H, W, C, K, rows, splits, walk, stride_k, stride_d, stride_tap,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, TILES: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx, and partial[s, tap, k, d]. Programs: (tiles / TILES, column sets / walk * splits)."""
+    USED: tl.constexpr = BLOCK_P - 2
+    HALO: tl.constexpr = 1 if STRIDE == 1 else 0  # to the left; one to the right
+    WIDTH: tl.constexpr = 16 * CHUNKS
+    BLOCKS: tl.constexpr = TILES * CHUNKS * CHUNKS
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    tile = tl.program_id(0) * TILES
+    out, out_ok = _columns(tile, 0, K, DOUT, PACK, WIDTH, TILES)
+    src, src_ok = _columns(tile, 0, C, DIN, PACK, WIDTH, TILES)
+    position = tl.arange(0, BLOCK_P)
+    one = (position[None, :] == position[:, None]).to(DTYPE)
+    one = tl.broadcast_to(one[None, :, :], (BLOCKS, BLOCK_P, BLOCK_P))
+    one = tl.dot(one, one).to(DTYPE)
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    o = block // CHUNKS % CHUNKS * 16 + tl.arange(0, 16)[None, :, None]
+    i = block % CHUNKS * 16 + tl.arange(0, 16)[None, None, :]
+    k = (tile + block // (CHUNKS * CHUNKS)) * (PACK * DOUT) + o
+    k_ok = (o < PACK * DOUT) & (k < K)
+    weight_ok = (i // DIN == o // DOUT) & (i < PACK * DIN) & k_ok
+    weights = ()  # (BLOCKS, 16 channels in, 16 out)
+    for tap in tl.static_range(9):
+        at = k.to(tl.int64) * stride_k + (i % DIN) * stride_d + tap * stride_tap
+        weight = tl.load(w_ptr + at, mask=weight_ok, other=0.0)
+        weights += (tl.dot(_turn(weight), _turn(one)).to(DTYPE),)
+    if z_ptr is not None:
+        a = tl.load(a_ptr + k, mask=k_ok, other=0.0)
+        if y_ptr is None:
+            scale = tl.load(scale_ptr + k, mask=k_ok, other=0.0)
+            shift = tl.load(shift_ptr + k, mask=k_ok, other=0.0)
+        if b_ptr is not None:
+            b = tl.load(b_ptr + k, mask=k_ok, other=0.0)
+            c = tl.load(c_ptr + k, mask=k_ok, other=0.0)
+    in_scale = None
+    in_shift = None
+    if in_scale_ptr is not None:
+        i_turned = block % CHUNKS * 16 + tl.arange(0, 16)[None, :, None]
+        channel = (tile + block // (CHUNKS * CHUNKS)) * (PACK * DIN) + i_turned
+        channel_ok = (i_turned < PACK * DIN) & (channel < C)
+        in_scale = tl.load(in_scale_ptr + channel, mask=channel_ok, other=0.0)
+        in_shift = tl.load(in_shift_ptr + channel, mask=channel_ok, other=0.0)
+
+    none = tl.zeros((BLOCKS, 16, 16), tl.float32)
+    zero = tl.zeros((BLOCKS, BLOCK_P, 16), tl.float32)
+    dw = (none, none, none, none, none, none, none, none, none)
+    first = tl.program_id(1) % splits * rows
+    last = tl.minimum(first + rows, H)
+    begin = tl.program_id(1) // splits * walk
+    end = tl.minimum(begin + walk, tl.cdiv(N * W, USED))
+    for s in range(begin, end):
+        column = s * USED - HALO + position
+        own = (column < N * W) & (position >= HALO) & (position < HALO + USED)
+        n = (column // W).to(tl.int64)
+        w = column % W
+        inside = own | ((position == HALO - 1) & (column >= 0) & (w + 1 < W))
+        inside |= (position == HALO + USED) & (column < N * W) & (w > 0)
+        right = _shift(w + 1 < W, 1, one)
+        upper = zero
+        if STRIDE == 1:
+            left = _shift(w > 0, -1, one)
+            start = tl.maximum(first - 1, 0)
+            middle = zero
+            x_same = _turned_x(
+                x_ptr, in_scale, in_shift, ((n * H + start) * W + w)[:, None] * C + src[None, :],
+                own & (start >= first), src_ok, one, TILES, CHUNKS,
+            )  # fmt: skip
+            x_above = tl.zeros_like(x_same)
+        else:
+            start = first
+            even_ok = own
+            odd_ok = own & (2 * w + 1 < X_W)
+            upper_odd = zero
+            x_even = tl.zeros((BLOCKS, 16, BLOCK_P), DTYPE)
+            x_odd = x_even
+        for r in range(start, tl.minimum(last + 1, H)):
+            offset = ((n * H + r) * W + w)[:, None] * K + out[None, :]
+            mask = inside[:, None] & out_ok[None, :]
+            dz = _turned(dy_ptr, offset, mask, one, TILES, CHUNKS, True)
+            if z_ptr is not None:
+                z = _turned(z_ptr, offset, mask, one, TILES, CHUNKS, True)
+                if y_ptr is not None:
+                    before = _turned(y_ptr, offset, mask, one, TILES, CHUNKS, True)
+                else:
+                    before = z * scale + shift
+                dz = _relu_gradient(dz, before) * a
+                if b_ptr is not None:
+                    dz += z * b + c
+            dz = dz.to(DTYPE)  # (BLOCKS, DOUT, P)
+            pixel = (n * X_H + STRIDE * r) * X_W + STRIDE * w
+            if STRIDE == 1:
+                x_below = _turned_x(
+                    x_ptr, in_scale, in_shift, (pixel + X_W)[:, None] * C + src[None, :],
+                    own & (r + 1 < last), src_ok, one, TILES, CHUNKS,
+                )  # fmt: skip
+                lower = zero
+                dw_upper = ()  # the three rows of taps
+                dw_middle = ()
+                dw_lower = ()
+                for kw in tl.static_range(3):
+                    by = right if kw == 0 else (one if kw == 1 else left)
+                    moved = tl.dot(by, _turn(dz)).to(DTYPE)  # (BLOCKS, P, DOUT)
+                    upper = tl.dot(moved, _turn(weights[kw]), upper)
+                    middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
+                    lower = tl.dot(moved, _turn(weights[6 + kw]), lower)
+                    turned = dz if kw == 1 else tl.dot(dz, _turn(by)).to(DTYPE)
+                    dw_upper += (tl.dot(turned, _turn(x_above), dw[kw]),)
+                    dw_middle += (tl.dot(turned, _turn(x_same), dw[3 + kw]),)
+                    dw_lower += (tl.dot(turned, _turn(x_below), dw[6 + kw]),)
+                dw = dw_upper + dw_middle + dw_lower
+                if r > first:
+                    tl.store(
+                        dx_ptr + (pixel - X_W)[:, None] * C + src[None, :],
+                        _gather(upper, TILES, CHUNKS).to(DTYPE),
+                        mask=own[:, None] & src_ok[None, :],
+                    )  # fmt: skip
+                upper = middle
+                middle = lower
+                x_above = x_same
+                x_same = x_below
+            else:
+                here = tl.dot(one, _turn(dz)).to(DTYPE)
+                next = tl.dot(right, _turn(dz)).to(DTYPE)
+                dz_next = tl.dot(dz, _turn(right)).to(DTYPE)
+                new = ()
+                for kh in tl.static_range(3):
+                    if kh > 0:
+                        row = pixel + (kh - 1) * X_W
+                        row_ok = (r < last) & (2 * r + kh - 1 < X_H)
+                        x_even = _turned_x(
+                            x_ptr, in_scale, in_shift, row[:, None] * C + src[None, :],
+                            even_ok & row_ok, src_ok, one, TILES, CHUNKS,
+                        )  # fmt: skip
+                        x_odd = _turned_x(
+                            x_ptr, in_scale, in_shift, (row + 1)[:, None] * C + src[None, :],
+                            odd_ok & row_ok, src_ok, one, TILES, CHUNKS,
+                        )  # fmt: skip
+                        upper = zero
+                        upper_odd = zero
+                    new += (
+                        tl.dot(dz_next, _turn(x_odd), dw[3 * kh]),
+                        tl.dot(dz, _turn(x_even), dw[3 * kh + 1]),
+                        tl.dot(dz, _turn(x_odd), dw[3 * kh + 2]),
+                    )
+                    upper = tl.dot(here, _turn(weights[3 * kh + 1]), upper)
+                    upper_odd = tl.dot(here, _turn(weights[3 * kh + 2]), upper_odd)
+                    upper_odd = tl.dot(next, _turn(weights[3 * kh]), upper_odd)
+                    if kh < 2:
+                        if (r < last) if kh == 1 else (r > first):
+                            row = pixel + (kh - 1) * X_W
+                            tl.store(
+                                dx_ptr + row[:, None] * C + src[None, :],
+                                _gather(upper, TILES, CHUNKS).to(DTYPE),
+                                mask=even_ok[:, None] & src_ok[None, :],
+                            )  # fmt: skip
+                            tl.store(
+                                dx_ptr + (row + 1)[:, None] * C + src[None, :],
+                                _gather(upper_odd, TILES, CHUNKS).to(DTYPE),
+                                mask=odd_ok[:, None] & src_ok[None, :],
+                            )  # fmt: skip
+                dw = new
+        if last == H:
+            pixel = (n * X_H + X_H - 1) * X_W + STRIDE * w
+            if STRIDE == 1:
+                tl.store(
+                    dx_ptr + pixel[:, None] * C + src[None, :],
+                    _gather(upper, TILES, CHUNKS).to(DTYPE), mask=own[:, None] & src_ok[None, :],
+                )  # fmt: skip
+            elif X_H % 2 == 0:
+                tl.store(
+                    dx_ptr + pixel[:, None] * C + src[None, :],
+                    _gather(upper, TILES, CHUNKS).to(DTYPE),
+                    mask=even_ok[:, None] & src_ok[None, :],
+                )  # fmt: skip
+                tl.store(
+                    dx_ptr + (pixel + 1)[:, None] * C + src[None, :],
+                    _gather(upper_odd, TILES, CHUNKS).to(DTYPE),
+                    mask=odd_ok[:, None] & src_ok[None, :],
+                )  # fmt: skip
+    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 9 * K * DIN + k * DIN + i % DIN
+    odd = none
+    for tap in tl.static_range(9):
+        odd += dw[tap] * 0.0
+    if tl.max((odd != 0.0).to(tl.int32)) == 0:
+        for tap in tl.static_range(9):
+            tl.store(partial + tap * K * DIN, dw[tap], mask=weight_ok)
+    else:
+        # a dz that is not finite reached its neighbours, or an x: one tap, one group at a time
+        tl.debug_barrier()  # what follows is written over what was written above
+        for s in range(begin, end):
+            column = s * USED - HALO + position
+            own = (column < N * W) & (position >= HALO) & (position < HALO + USED)
+            n = (column // W).to(tl.int64)
+            w = column % W
+            for row in range(STRIDE * first, tl.minimum(STRIDE * last, X_H)):
+                for phase in range(STRIDE):
+                    ok = own & (STRIDE * w + phase < X_W)
+                    dx = _conv(
+                        dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr, w_ptr,
+                        H, W, K, K, stride_k, stride_d, stride_tap, STRIDE, 1,
+                        tile, 0, n, row + tl.zeros_like(w), STRIDE * w + phase, ok,
+                        row % STRIDE, phase,
+                        DIN, DOUT, PACK, WIDTH, WIDTH, TILES, BLOCK_P, True, STRIDE > 1,
+                        PRECISION, True,
+                    )  # fmt: skip
+                    tl.store(
+                        dx_ptr + ((n * X_H + row) * X_W + STRIDE * w + phase)[:, None] * C
+                        + src[None, :],
+                        _join(dx).to(DTYPE), mask=ok[:, None] & src_ok[None, :],
+                    )  # fmt: skip
+        for each in range(9):
+            acc = none
+            for s in range(begin, end):
+                column = s * USED - HALO + position
+                own = (column < N * W) & (position >= HALO) & (position < HALO + USED)
+                n = (column // W).to(tl.int64)
+                w = column % W
+                for row in range(STRIDE * first, tl.minimum(STRIDE * last, X_H)):
+                    for phase in range(STRIDE):
+                        h_up = row + 1 - each // 3
+                        w_up = STRIDE * w + phase + 1 - each % 3
+                        if (h_up % STRIDE == 0) & ((phase + 1 - each % 3) % STRIDE == 0):
+                            ok = own & (STRIDE * w + phase < X_W)
+                            x = _load_source(
+                                x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None,
+                                ((n * X_H + row) * X_W + STRIDE * w + phase)[:, None] * C
+                                + src[None, :],
+                                ok[:, None] & src_ok[None, :], src, src_ok,
+                            )  # fmt: skip
+                            ok &= (w_up >= 0) & (w_up // STRIDE < W)
+                            ok &= (h_up >= 0) & (h_up // STRIDE < H)
+                            pixel = (n * H + h_up // STRIDE) * W + w_up // STRIDE
+                            dz = _load_source(
+                                dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr,
+                                pixel[:, None] * K + out[None, :],
+                                ok[:, None] & out_ok[None, :], out, out_ok,
+                            )  # fmt: skip
+                            acc = tl.dot(
+                                _spread(dz, TILES, CHUNKS, True),
+                                _turn(_spread(x, TILES, CHUNKS, False)), acc,
+                            )  # fmt: skip
+            tl.store(partial + each * K * DIN, acc, mask=weight_ok)
 
 
 # Kernels: a channel's sums, and what is done to each pixel -------------------------------------
@@ -868,11 +1432,12 @@ def _convolve(
     stride: int,
     groups: int,
     dilation: int,
+    config: Config | None = None,
 ) -> Tensor | None:
     """Write the convolution of x, or of dz for dx, to `out`; returns partial statistics.
 
     gradient: z, y, scale, shift, a, b, c of `_load_source`, z for `_conv_rows_kernel` only. dz:
-    where dx leaves it for dweight.
+    where dx leaves it for dweight. config: None for the table's choice, or the one tuned.
     """
     k, din = weight.shape[:2]
     dout = k // groups
@@ -881,7 +1446,30 @@ def _convolve(
     src_d, dst_d = (dout, din) if transposed else (din, dout)
     by_rows = stride == dilation == 1
     z, y, scale, shift, a, b, c = gradient
-    config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None)
+    if config is None:
+        arch = _arch(x.device)
+        config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None, arch)
+        if tuning.enabled(x.device):
+            arguments: dict[str, Any] = {
+                "gradient": gradient,
+                "epilogue": epilogue,
+                "stats": stats,
+                "transposed": transposed,
+                "dz": dz,
+                "stride": stride,
+                "groups": groups,
+                "dilation": dilation,
+            }
+            kernel = _conv_rows_kernel if config.rows else _conv_kernel
+            if config.shifts:
+                kernel = _conv_shift_kernel
+            config = tuning.choose(
+                [config, *_alternatives(config, h, x.dtype, arch)],
+                lambda other: _convolve(x, weight, out, **arguments, config=other),
+                device=x.device,
+                source=kernel.cache_key,
+                problem=_described(x, weight, out, **arguments),
+            )
     weight, strides = _strided(weight, transposed)
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), config.tiles)
     meta: dict[str, Any] = {
@@ -899,7 +1487,8 @@ def _convolve(
     }
     partial = None
     if config.rows:
-        grid = (tiles, triton.cdiv(n * w, config.block_p), triton.cdiv(h, config.rows))
+        columns = config.block_p - 2 if config.shifts else config.block_p
+        grid = (tiles, triton.cdiv(n * w, columns), triton.cdiv(h, config.rows))
     else:
         phases = stride if transposed else 1
         pixels = n * triton.cdiv(h, phases) * triton.cdiv(w, phases)
@@ -907,9 +1496,16 @@ def _convolve(
         grid = (tiles * chunks, triton.cdiv(pixels, config.block_p), phases * phases)
     if stats:
         partial = x.new_empty((grid[1] * grid[2], 4, dst_c), dtype=torch.float32)
-    if config.rows:
+    if config.shifts:
+        assert z is None
+        tensors = (x, scale, shift, weight, *epilogue, out, partial)
+        for name in ("PACK", "SRC", "DST"):
+            del meta[name]
+        sizes: tuple[int, ...] = (n, h, w, src_c, dst_c, k, config.rows, *strides)
+        _launch(_conv_shift_kernel, grid, *tensors, *sizes, **meta)
+    elif config.rows:
         tensors = (x, z, y, scale, shift, a, b, c, weight, *epilogue, out, partial, dz)
-        sizes: tuple[int, ...] = (n, h, w, src_c, dst_c, k, config.rows)
+        sizes = (n, h, w, src_c, dst_c, k, config.rows)
         _launch(_conv_rows_kernel, grid, *tensors, *sizes, *strides, UNROLL=config.unroll, **meta)
     else:
         assert z is None
@@ -919,11 +1515,25 @@ def _convolve(
     return partial
 
 
+def _described(*tensors: Tensor, **arguments: Any) -> dict[str, Any]:
+    """Plain values for all that the time of a call depends on."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return [str(value.dtype), *value.shape, *value.stride()]
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    described = {name: plain(value) for name, value in arguments.items()}
+    return described | {"tensors": plain(tensors), "precision": _precision(tensors[0].dtype)}
+
+
 def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
     """Whether dx is `_conv_rows_kernel`'s."""
     k, din = weight.shape[:2]
     by_rows = stride == dilation == 1
-    return _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True).rows > 0
+    arch = _arch(x.device)
+    config = _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True, arch)
+    return config.rows > 0 and not config.shifts
 
 
 def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
@@ -948,7 +1558,8 @@ def _blocks(z: Tensor) -> tuple[int, int, dict[str, int]]:
     """M, C and the blocks of a kernel over the (M, C) matrix of pixels and channels."""
     n, c, h, w = z.shape
     block_c = min(128, _pow2(c, 1))
-    return n * h * w, c, {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c}
+    # few channels: the columns of a thread are many, and their statistics spill
+    return n * h * w, c, {"BLOCK_M": min(4096 // block_c, 128), "BLOCK_C": block_c}
 
 
 def _merged(partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -1125,7 +1736,8 @@ def _dweight(
     dout = k // groups
     n, _, h, w = dy.shape
     _, c, x_h, x_w = x.shape
-    config = _conv_config(din, dout, groups, h, False, x.dtype, True)
+    arch = _arch(x.device)
+    config = _conv_config(din, dout, groups, h, False, x.dtype, True, arch)
     src, dst = config.src_width, min(config.dst_width, 32)
     src_chunks = triton.cdiv(config.pack * din, src)
     dst_chunks = triton.cdiv(config.pack * dout, dst)
@@ -1134,6 +1746,11 @@ def _dweight(
     block_p, width = (32, config.tiles) if max(src, dst) <= 16 else (64 if half else 32, 1)
     if width > 1 and config.pack * max(din, dout) % 8:
         block_p = 16  # channels are loaded one at a time, by as many addresses
+    if isinstance(arch, str):
+        block_p = max(block_p // 2, 16)  # the masks of 64 lanes fill the scalar registers
+    elif width > 1 and (arch >= 100 or _precision(x.dtype) == "ieee"):
+        if not half or config.pack > 4:
+            block_p = 16  # 32 take more registers than leave room for two programs, or spill
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
     programs = tiles * src_chunks * dst_chunks
     columns = triton.cdiv(n * w, block_p)
@@ -1163,6 +1780,82 @@ def _dweight(
     return in_format_of(weight, dweight)
 
 
+# Programs of `_conv_backward_kernel`. Each writes partial sums of dweight, which are read once:
+# at most _PARTIAL_SHARE of the bytes of the backward pass, unless that leaves multiprocessors of
+# an A100 without a program. Its registers let a multiprocessor hold two.
+_PARTIAL_SHARE = 0.125
+_FEWEST_PROGRAMS = 108
+_MOST_PROGRAMS = 264
+
+
+def _fuses(weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
+    """Whether `_conv_backward_kernel` makes dx and dweight.
+
+    Its programs keep so much that more would spill: the addresses of padded tiles, those of
+    channels loaded one at a time, a single warp's of stride 2, and on AMD the masks of 64 lanes,
+    which are in the scalar registers.
+    """
+    k, din = weight.shape[:2]
+    if isinstance(_arch(weight.device), str):
+        return False
+    fills_tiles = k // groups == din and din in (2, 4, 8, 16, 32) and k % 32 == 0
+    return weight.dtype.itemsize == 2 and fills_tiles and stride <= 2 and dilation == 1
+
+
+def _dx_dweight(
+    dy: Tensor,
+    gradient: tuple[Tensor | None, ...],
+    x: Tensor,
+    weight: Tensor,
+    prologue: Affine | None,
+    stride: int,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight; gradient: z, y, scale, shift, a, b, c of `_load_source`."""
+    k, din = weight.shape[:2]
+    dout = k // groups
+    n, _, h, w = dy.shape
+    _, c, x_h, x_w = x.shape
+    pack = max(1, 16 // max(din, dout))
+    chunks = 1 if max(din, dout) <= 16 else 2
+    tiles = 1 if chunks == 2 else min(4, _pow2(triton.cdiv(groups, pack), 1))
+    block_p = 16
+    programs = triton.cdiv(triton.cdiv(groups, pack), tiles)
+    sets = triton.cdiv(n * w, block_p - 2)
+    # parts of the pixels, each with its own partial sums, which are written and read once
+    affordable = _PARTIAL_SHARE * (4 * dy.numel() + 2 * x.numel()) * x.itemsize / (72 * k * din)
+    most, fewest = _MOST_PROGRAMS // programs, _FEWEST_PROGRAMS // programs
+    parts = max(min(int(affordable), most), fewest, 1)
+    walk = max(1, triton.cdiv(sets, parts))
+    splits = max(1, min(parts // max(sets, 1), h // 7))
+    rows = triton.cdiv(h, splits)
+    splits = triton.cdiv(h, rows)
+    parts = triton.cdiv(sets, walk) * splits
+    partial = x.new_empty((parts, 9, k, din), dtype=torch.float32)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    in_scale, in_shift = (None, None) if prologue is None else prologue
+    kernel_weight, strides = _strided(weight, True)
+    _launch(
+        _conv_backward_kernel,
+        (programs, parts),
+        *(dy, *gradient, x, in_scale, in_shift, kernel_weight, dx, partial),
+        *(n, x_h, x_w, h, w, c, k, rows, splits, walk, *strides),
+        DIN=din,
+        DOUT=dout,
+        PACK=pack,
+        TILES=tiles,
+        CHUNKS=chunks,
+        BLOCK_P=block_p,
+        STRIDE=stride,
+        PRECISION=_precision(x.dtype),
+        warps=tiles * chunks * chunks,
+        stages=1,
+    )
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    _sum(partial, dweight, taps=9)
+    return dx, in_format_of(weight, dweight)
+
+
 def conv_backward(
     dy: Tensor,
     x: Tensor,
@@ -1187,6 +1880,11 @@ def conv_backward(
         return reference.conv_backward(dz, x, weight, **conv, **needs)
     gradient: tuple[Tensor | None, ...] = (None,) * 7
     dx = dweight = dz = None
+    if need_dx and need_dweight and _fuses(weight, **conv):
+        if bn is not None:
+            z, scale, shift, a, b, c = bn
+            gradient = (z, y, scale, shift, a, b, c)
+        return _dx_dweight(dy, gradient, x, weight, prologue, stride, groups)
     if bn is not None:
         z, scale, shift, a, b, c = bn
         if not need_dx or _walks_rows(x, weight, **conv):

@@ -1,0 +1,270 @@
+"""What only a GPU can show: streams, a second device, CUDA graphs, tensors past 2^31 elements.
+
+Skipped without one. `python -m bench --suite gpu` runs these with the other tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, Target
+from test_backend_functions import Exact
+from torch import Tensor
+
+from resnext_kernels import backends
+from resnext_kernels.backends import tuning
+
+BACKENDS = ("cuda", "triton")
+CASES = [Case(2, 128, 9, 7, groups=32), Case(2, 128, 9, 8, groups=4, stride=2)]
+F16, F32 = torch.float16, torch.float32
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+each = pytest.mark.parametrize(
+    ("backend", "case"),
+    [pytest.param(b, c, id=f"{c}-{b}", marks=needs_gpu) for b in BACKENDS for c in CASES],
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class On(Target):
+    """A backend on one device."""
+
+    index: int | None = 0
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.index is None else f"cuda:{self.index}"
+
+
+def exact(backend: str, case: Case, index: int | None = 0) -> Exact:
+    """Tensors of small integers and halves, on that device."""
+    target = On(backend, F16 if backend != "reference" else torch.float64, index=index)
+    device = torch.device(target.device)
+    problem = Target.problem(target, case)
+    problem = dataclasses.replace(problem, device_type=device.type, device_index=device.index)
+    reason = target.module.why_not(problem)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    return Exact(case, target)
+
+
+def tensors(e: Exact) -> dict[str, Tensor]:
+    return {name: t for name, t in vars(e).items() if isinstance(t, Tensor)}
+
+
+def results(module: ModuleType, e: Exact) -> dict[str, Tensor]:
+    """Of every function of the contract."""
+    conv = e.case.conv
+    prologue = (e.in_scale, e.in_shift)
+    calls: dict[str, Callable[[], Any]] = {
+        "conv_affine_relu": lambda: module.conv_affine_relu(
+            e.x, e.weight, e.scale, e.shift, residual=e.residual, **conv
+        ),
+        "conv_stats": lambda: module.conv_stats(e.x, e.weight, prologue=prologue, **conv),
+        "batch_stats": lambda: module.batch_stats(e.z),
+        "normalize_relu": lambda: module.normalize_relu(
+            e.z, e.scale, e.shift, residual=e.residual, residual_affine=(e.res_scale, e.res_shift)
+        ),
+        "bn_relu_backward": lambda: module.bn_relu_backward(
+            e.dy, e.z, e.scale, e.shift, e.mean, e.rstd
+        ),
+        "bn_relu_input_gradient": lambda: module.bn_relu_input_gradient(
+            e.dy, e.z, e.scale, e.shift, e.a, e.b, e.c
+        ),
+        "conv_backward": lambda: module.conv_backward(
+            e.dy,
+            e.x,
+            e.weight,
+            bn=(e.z, e.scale, e.shift, e.a, e.b, e.c),
+            prologue=prologue,
+            **conv,
+        ),
+    }
+    found: dict[str, Tensor] = {}
+    for name, call in calls.items():
+        result = call()
+        for i, t in enumerate(result if isinstance(result, tuple) else (result,)):
+            found[f"{name}[{i}]"] = t
+    return found
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    different = [name for name in found if not torch.equal(found[name], wanted[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_those_of_every_function(case: Case) -> None:
+    """On the CPU: no function is missing, and each result depends on what it should."""
+    e = exact("reference", case, None)
+    wanted = results(backends.select(Target("reference", F32).problem(case), "reference"), e)
+    assert len(wanted) == 12
+    assert all(t.abs().max() > 0 for t in wanted.values())
+    with pytest.raises(AssertionError):
+        assert_same(wanted, wanted | {"batch_stats[0]": wanted["batch_stats[0]"] + 1})
+
+
+@each
+def test_a_stream_of_its_own(backend: str, case: Case) -> None:
+    """Inputs arrive late on a side stream: kernels elsewhere would have read what was before.
+
+    The host is not made to wait: when the calls return, the stream is still busy.
+    """
+    e = exact(backend, case)
+    module = e.target.module
+    wanted = results(module, e)
+    late = exact(backend, case)
+    for t in tensors(late).values():
+        t.zero_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        results(module, late)  # memory for this stream is there afterwards
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)
+        for name, t in tensors(e).items():
+            tensors(late)[name].copy_(t)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = results(module, late)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not stream.query()
+    stream.synchronize()
+    assert_same(found, wanted)
+
+
+@each
+def test_a_graph_is_captured_and_replayed(backend: str, case: Case) -> None:
+    e, other = exact(backend, case), exact(backend, case)
+    module = e.target.module
+    wanted = results(module, other)  # compiles and loads what the capture needs
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = results(module, e)
+    for name, t in tensors(e).items():
+        t.copy_(tensors(other)[name])
+    for t in found.values():
+        t.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(found, wanted)
+
+
+@each
+def test_a_second_device(backend: str, case: Case) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.cuda.set_device(0)
+    e = exact(backend, case, 1)
+    found = results(e.target.module, e)
+    assert torch.cuda.current_device() == 0
+    assert {t.device for t in found.values()} == {torch.device("cuda", 1)}
+    truth = exact("reference", case, None)
+    for name, t in tensors(e).items():
+        setattr(truth, name, t.cpu().double())
+    wanted = results(truth.target.module, truth)
+    for name, t in found.items():  # all but variances are exact
+        torch.testing.assert_close(t.cpu().double(), wanted[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.large
+@each
+def test_past_int32(backend: str, case: Case) -> None:
+    """Tensors of more than 2^31 elements: the last images are those of a small batch."""
+    kept = 4
+    small = exact(backend, dataclasses.replace(case, n=kept))
+    n = 2**31 // small.z[0].numel() + kept
+    free, _ = torch.cuda.mem_get_info()
+    needed = n * 2 * (3 * small.x[0].numel() + 4 * small.z[0].numel())
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GB of GPU memory, {free >> 30} are free")
+    module = small.target.module
+    reason = module.why_not(
+        dataclasses.replace(
+            small.target.problem(dataclasses.replace(case, n=n)),
+            device_type="cuda",
+            device_index=0,
+        )
+    )
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+    def large(t: Tensor) -> Tensor:
+        shape = (n, *t.shape[1:])
+        format = {"memory_format": torch.channels_last}
+        whole = torch.empty(shape, dtype=t.dtype, device=t.device, **format).zero_()
+        whole[-kept:] = t
+        return whole
+
+    conv = case.conv
+    x, z, dy = large(small.x), large(small.z), large(small.dy)
+    assert min(x.numel(), z.numel()) > 2**31
+    vectors = (small.scale, small.shift)
+
+    def check(whole: Tensor | None, part: Tensor | None) -> None:
+        assert whole is not None
+        assert part is not None
+        assert torch.equal(whole[-kept:], part)
+
+    check(
+        module.conv_affine_relu(x, small.weight, *vectors, residual=z, **conv),
+        module.conv_affine_relu(small.x, small.weight, *vectors, residual=small.z, **conv),
+    )
+    check(
+        module.conv_stats(x, small.weight, **conv)[0],
+        module.conv_stats(small.x, small.weight, **conv)[0],
+    )
+    check(module.normalize_relu(z, *vectors), module.normalize_relu(small.z, *vectors))
+    # a gradient of zeros but for the last images: sums over all pixels are those of the last
+    nothing = (small.a, None, None)
+    whole = module.conv_backward(dy, x, small.weight, bn=(z, *vectors, *nothing), **conv)
+    part = module.conv_backward(
+        small.dy, small.x, small.weight, bn=(small.z, *vectors, *nothing), **conv
+    )
+    check(whole[0], part[0])
+    assert torch.equal(whole[1], part[1])
+    sums = module.bn_relu_backward(dy, z, *vectors, small.mean, small.rstd)
+    parts = module.bn_relu_backward(small.dy, small.z, *vectors, small.mean, small.rstd)
+    assert torch.equal(torch.stack(sums), torch.stack(parts))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=needs_gpu) for c in CASES])
+def test_autotuning(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is chosen computes the same; a capture times nothing; the disk is read again."""
+    monkeypatch.setenv("RESNEXT_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    e = exact("triton", case)
+    wanted = results(e.target.module, e)
+    monkeypatch.setattr(tuning, "_asked", True)
+
+    def check(found: dict[str, Tensor]) -> None:
+        torch.cuda.synchronize()
+        for name, t in found.items():  # statistics are merged in another order
+            torch.testing.assert_close(t, wanted[name], rtol=1e-5, atol=1e-5)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(e.target.module, e)
+    assert not list(tmp_path.iterdir())
+    graph.replay()
+    check(captured)
+    check(results(e.target.module, e))
+    files = sorted(tmp_path.iterdir())
+    assert files
+    assert all(min(t for t in json.loads(f.read_text())["times_ms"] if t) > 0 for f in files)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr("triton.testing.do_bench", None)  # is not called
+    check(results(e.target.module, e))
+    assert sorted(tmp_path.iterdir()) == files
