@@ -423,8 +423,9 @@ def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None =
 
         z[n, k, h, w] = sum over c of weight[k, c, 0, 0] * x[n, c, stride * h, stride * w]
 
-    Equivalent to F.conv2d(x, weight, None, stride), which it is for x in NCHW and wherever the
-    backend has no kernel of its own. Differentiable, twice. Saved for the backward pass: x.
+    Equivalent to F.conv2d(x, weight, None, stride), which it is wherever the backend has no kernel
+    of its own, and for x in NCHW unless a backend is asked for. Differentiable, twice. Saved for
+    the backward pass: x.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, any memory format.
@@ -445,10 +446,12 @@ def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None =
         x, weight = x.to(dtype), weight.to(dtype)
     _check_int("stride", stride)
     _check_1x1("weight", weight, x.shape[1], "x", x)
-    name = _backend(backend)
-    if not (_is_nhwc(x) or _is_nhwc(weight)):
+    name = _backend_of_both_passes(_backend(backend))
+    nhwc = _is_nhwc(x) or _is_nhwc(weight)
+    if not nhwc and not name:
         return torch.conv2d(x, weight, None, stride)
-    return ops.conv1x1(_nhwc(x), weight, stride, _backend_of_both_passes(name))
+    z = ops.conv1x1(_nhwc(x), weight, stride, name)
+    return z if nhwc else z.contiguous()
 
 
 def _check_bn_relu(z: Tensor, bn: BatchNormState) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnext_kernels import GroupedConvBNReLU, backends
+from resnext_kernels import GroupedConvBNReLU, backends, functional
 from resnext_kernels.backends import cpu, reference
 from resnext_kernels.functional import grouped_conv_bn_relu
 from resnext_kernels.problem import ConvProblem
@@ -115,6 +115,17 @@ def test_explicit_choice_never_falls_back(called: list[str]) -> None:
     with backends.use("cpu"), pytest.raises(RuntimeError, match="does not serve"):
         run(dtype=torch.float64)
     assert not called
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_conv1x1_keeps_to_the_backend_asked_for(memory_format: torch.memory_format) -> None:
+    x = torch.randn(1, 8, 3, 3, dtype=torch.float64).contiguous(memory_format=memory_format)
+    weight = torch.randn(4, 8, 1, 1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="does not serve"):
+        functional.conv1x1(x, weight, backend="cpu")
+    with backends.use("cpu"), pytest.raises(RuntimeError, match="does not serve"):
+        functional.conv1x1(x, weight)
+    assert torch.equal(functional.conv1x1(x, weight), torch.conv2d(x, weight))
 
 
 def test_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
