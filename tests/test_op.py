@@ -231,7 +231,7 @@ def test_expanded_images(mode: str, target: Target) -> None:
     inputs.x = inputs.x[:1].expand(2, -1, -1, -1)
     inputs.residual = inputs.residual[:, :, :1, :1].expand(case.out_shape)
     inputs.dy = inputs.dy[:, :, :, :1].expand(case.out_shape)
-    check(case, target, inputs, training=mode == "train", residual=True)
+    check(case, target, inputs, training=mode == "train", residual=True, conditioned=True)
 
 
 @MODES
@@ -410,7 +410,8 @@ def test_mean_large_against_deviation(case: Case, offset: float, target: Target)
     inputs.weight[:] = 0
     inputs.weight[:, 0, 1, 1] = 1
     inputs.x += offset
-    check(case, target, inputs, training=True)
+    # z is stored with a rounding of the offset's size, which a sum over one tap happens to avoid
+    check(case, target, inputs, training=True, conditioned=True)
 
 
 @pytest.mark.parametrize("seed", range(3))
