@@ -373,8 +373,33 @@ def conv_bn_relu(
         if residual is not None:
             raise ValueError("pointwise_weight and residual must not be given together")
         _check_1x1("pointwise_weight", pointwise_weight, out_channels, "x", x)
-    name = _backend(backend)
+    return _conv_bn_relu(
+        x,
+        weight,
+        bn,
+        input_bn,
+        residual,
+        pointwise_weight,
+        stride,
+        groups,
+        dilation,
+        _backend(backend),
+    )
 
+
+def _conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNormState,
+    input_bn: BatchNormState | None,
+    residual: Tensor | None,
+    pointwise_weight: Tensor | None,
+    stride: int,
+    groups: int,
+    dilation: int,
+    name: str,
+) -> Tensor:
+    """`conv_bn_relu` of arguments that are checked and cast."""
     nhwc = any(_is_nhwc(t) for t in (x, weight, pointwise_weight) if t is not None)
     in_training = input_bn is not None and input_bn.training
     operands, in_operands = _operands(bn, x), _operands(input_bn, x)
@@ -412,7 +437,8 @@ def conv_bn_relu(
         dilation,
         _backend_of_both_passes(name),
     )
-    _update_running(bn, vectors, count)
+    n, _, h, w = x.shape
+    _update_running(bn, vectors, n * ((h - 1) // stride + 1) * ((w - 1) // stride + 1))
     if input_bn is not None:
         _update_running(input_bn, in_vectors, n * h * w)
     return y if nhwc else y.contiguous()
@@ -496,8 +522,17 @@ def bn_relu(
         if residual is None:
             raise ValueError("residual_bn must be None without a residual")
         _check_bn(residual_bn, "residual_bn.", z, z.shape[1], count)
-    name = _backend(backend)
+    return _bn_relu(z, bn, residual, residual_bn, _backend(backend))
 
+
+def _bn_relu(
+    z: Tensor,
+    bn: BatchNormState,
+    residual: Tensor | None,
+    residual_bn: BatchNormState | None,
+    name: str,
+) -> Tensor:
+    """`bn_relu` of arguments that are checked."""
     nhwc = _is_nhwc(z)
     operands, residual_operands = _operands(bn, z), _operands(residual_bn, z)
     training = bn.training or (residual_bn is not None and residual_bn.training)
@@ -513,6 +548,8 @@ def bn_relu(
         *residual_operands,
         _backend_of_both_passes(name),
     )
+    n, _, h, w = z.shape
+    count = n * h * w
     _update_running(bn, vectors, count)
     if residual_bn is not None:
         _update_running(residual_bn, residual_vectors, count)
@@ -624,25 +661,17 @@ def bottleneck(
     separate = any(bn.training for bn in states) or _needs_gradient(
         z, weight, pointwise_weight, residual, *vectors
     )
-    t = conv_bn_relu(
-        z,
-        weight,
-        bn2,
-        input_bn=bn1,
-        pointwise_weight=pointwise_weight if separate else None,
-        stride=stride,
-        groups=groups,
-        dilation=dilation,
-        backend=backend,
-    )
+    name = _backend(backend)
+    last = pointwise_weight if separate else None
+    t = _conv_bn_relu(z, weight, bn2, bn1, None, last, stride, groups, dilation, name)
     if separate:
-        return bn_relu(t, bn3, residual=residual, residual_bn=residual_bn, backend=backend)
+        return _bn_relu(t, bn3, residual, residual_bn, name)
     nhwc = _is_nhwc(t) or _is_nhwc(pointwise_weight)
     y = ops.conv1x1_bn_relu_eval(
         t,
         pointwise_weight,
         *_operands(bn3, t)[:5],
-        _backend(backend),
+        name,
         *_optional(residual, _operands(residual_bn, t)),
     )
     return y if nhwc else y.contiguous()

@@ -28,6 +28,7 @@ between are recomputed. Gradients of gradients are taken from the same expressio
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -389,12 +390,20 @@ def _bn_relu_eval(
     residual_mean: Tensor | None = None,
     residual_var: Tensor | None = None,
     residual_eps: float | None = None,
+    *,
+    weight: Tensor | None = None,
 ) -> Tensor:
+    """Of z, or of its 1x1 convolution with `weight`."""
     kernels = _serving_bn(z, False, backend)
     residual_bn = residual_gamma, residual_beta, residual_mean, residual_var, residual_eps
-    return kernels.normalize_relu(
+    run = kernels.normalize_relu
+    if weight is not None:
+        run = partial(kernels.conv1x1_affine_relu, weight=_dense(weight))
+    scale, shift = kernels.bn_affine(gamma, beta, mean, var, eps)
+    return run(
         _nhwc(z),
-        *kernels.bn_affine(gamma, beta, mean, var, eps),
+        scale=scale,
+        shift=shift,
         residual=_maybe_nhwc(residual),
         residual_affine=None if residual_eps is None else kernels.bn_affine(*residual_bn),
     )
@@ -408,37 +417,10 @@ bn_relu_eval = _register(
 )
 
 
-def _conv1x1_bn_relu_eval(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    backend: str,
-    residual: Tensor | None = None,
-    residual_gamma: Tensor | None = None,
-    residual_beta: Tensor | None = None,
-    residual_mean: Tensor | None = None,
-    residual_var: Tensor | None = None,
-    residual_eps: float | None = None,
-) -> Tensor:
-    kernels = _serving_bn(x, False, backend)
-    residual_bn = residual_gamma, residual_beta, residual_mean, residual_var, residual_eps
-    return kernels.conv1x1_affine_relu(
-        _nhwc(x),
-        _dense(weight),
-        *kernels.bn_affine(gamma, beta, mean, var, eps),
-        residual=_maybe_nhwc(residual),
-        residual_affine=None if residual_eps is None else kernels.bn_affine(*residual_bn),
-    )
-
-
 conv1x1_bn_relu_eval = _register(
     f"conv1x1_bn_relu_eval(Tensor x, Tensor weight, {_EVAL_BN}, str backend, "
     f"Tensor? residual=None, {_schema_of_eval_bn('residual_')}) -> Tensor",
-    _conv1x1_bn_relu_eval,
+    lambda x, weight, *args: _bn_relu_eval(x, *args, weight=weight),
     lambda x, weight, *_: _fake_conv(x, weight.shape[0], 1),
 )
 

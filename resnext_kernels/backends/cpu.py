@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, in_format_of
+from ..problem import ConvProblem
 from . import reference
 
 try:
@@ -100,37 +100,6 @@ def _dense_conv(
         x = normalize_relu(x, *prologue)
     z = torch.conv2d(x, weight, None, stride, dilation, dilation)
     return z.contiguous(memory_format=torch.channels_last)
-
-
-def _dense_conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    prologue: Affine | None,
-    stride: int,
-    dilation: int,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    if prologue is not None and need_dweight:
-        x = normalize_relu(x, *prologue)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        weight,
-        None,
-        [stride, stride],
-        [dilation, dilation],
-        [dilation, dilation],
-        False,
-        [0, 0],
-        1,
-        [need_dx, need_dweight, False],
-    )
-    return (
-        dx.contiguous(memory_format=torch.channels_last) if need_dx else None,
-        in_format_of(weight, dweight) if need_dweight else None,
-    )
 
 
 # The contract --------------------------------------------------------------------------------
@@ -454,8 +423,16 @@ def conv_backward(
     """Gradients of the convolution's input and weight, None where not needed."""
     if groups == 1 and _is_dense(x, weight, stride, dilation, _BACKWARD_LIMIT):
         dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
-        return _dense_conv_backward(
-            dz, x, weight, prologue, stride, dilation, need_dx, need_dweight
+        if prologue is not None and need_dweight:
+            x = normalize_relu(x, *prologue)
+        return reference.conv_backward(
+            dz,
+            x,
+            weight,
+            stride=stride,
+            dilation=dilation,
+            need_dx=need_dx,
+            need_dweight=need_dweight,
         )
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
     dweight = torch.empty_like(weight) if need_dweight else None

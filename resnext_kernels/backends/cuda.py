@@ -6,12 +6,13 @@ hands it to the CUDA runtime on torch's current stream. Nothing waits for the de
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
+from . import reference
 from .reference import (  # noqa: F401
     bn_affine,
     bn_gradient_vectors,
@@ -339,15 +340,5 @@ def conv_backward(
     return dx, None if dweight is None else in_format_of(weight, dweight)
 
 
-def conv1x1_affine_relu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    residual: Tensor | None = None,
-    residual_affine: Affine | None = None,
-) -> Tensor:
-    """y = normalize_relu(conv1x1(x), ...): the dense convolution is cuDNN's."""
-    z = conv1x1(x, weight)
-    return normalize_relu(z, scale, shift, residual=residual, residual_affine=residual_affine)
+# The dense convolution is cuDNN's.
+conv1x1_affine_relu = partial(reference.conv1x1_affine_relu, normalize=normalize_relu)

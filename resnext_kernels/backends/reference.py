@@ -12,6 +12,8 @@ Any device, any floating-point dtype that torch's convolution has there, any bat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,34 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def _conv(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> Tensor:
     return _nhwc(torch.conv2d(x, weight, None, stride, dilation, dilation, groups))
+
+
+def _conv_gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    groups: int,
+    dilation: int,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight of a 1x1 or 3x3 convolution, None where not needed."""
+    padding = weight.shape[2] // 2 * dilation
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dz,
+        x,
+        weight,
+        None,
+        [stride, stride],
+        [padding, padding],
+        [dilation, dilation],
+        False,
+        [0, 0],
+        groups,
+        [need_dx, need_dweight, False],
+    )
+    return _nhwc(dx) if need_dx else None, in_format_of(weight, dweight) if need_dweight else None
 
 
 def _activated(x: Tensor, prologue: Affine | None) -> Tensor:
@@ -99,10 +129,12 @@ def conv1x1_affine_relu(
     *,
     residual: Tensor | None = None,
     residual_affine: Affine | None = None,
+    normalize: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """y = normalize_relu(conv1x1(x), ...)."""
+    """y = normalize_relu(conv1x1(x), ...); `normalize`: another backend's normalize_relu."""
+    normalize = normalize or normalize_relu
     z = conv1x1(x, weight)
-    return normalize_relu(z, scale, shift, residual=residual, residual_affine=residual_affine)
+    return normalize(z, scale, shift, residual=residual, residual_affine=residual_affine)
 
 
 def conv1x1_backward(
@@ -116,20 +148,8 @@ def conv1x1_backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of what conv1x1 convolves and of its weight, None where not needed."""
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz,
-        _activated(x, prologue) if need_dweight else x,
-        weight,
-        None,
-        [stride, stride],
-        [0, 0],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [need_dx, need_dweight, False],
-    )
-    return _nhwc(dx) if need_dx else None, in_format_of(weight, dweight) if need_dweight else None
+    read = _activated(x, prologue) if need_dweight else x
+    return _conv_gradients(dz, read, weight, stride, 1, 1, need_dx, need_dweight)
 
 
 def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,23 +244,8 @@ def conv_backward(
     the convolution's input is the activation that the prologue makes of x, and dx is its gradient.
     """
     dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz,
-        _activated(x, prologue) if need_dweight else x,
-        weight,
-        None,
-        [stride, stride],
-        [dilation, dilation],
-        [dilation, dilation],
-        False,
-        [0, 0],
-        groups,
-        [need_dx, need_dweight, False],
-    )
-    return (
-        _nhwc(dx) if need_dx else None,
-        in_format_of(weight, dweight) if need_dweight else None,
-    )
+    read = _activated(x, prologue) if need_dweight else x
+    return _conv_gradients(dz, read, weight, stride, groups, dilation, need_dx, need_dweight)
 
 
 # Per-channel vectors ---------------------------------------------------------------------------
