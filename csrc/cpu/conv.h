@@ -100,6 +100,14 @@ RK_INLINE void transpose_rows(int lanes, int64_t count, F&& from, G&& to) {
   for (int64_t j = 0; j < count; j += kLanes) {
     const int64_t n = min(kLanes, count - j);
     Vec rows[kLanes];
+    if (lanes == kLanes && n == kLanes) {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load(from(lane) + j);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to(j + i), rows[i]);
+      continue;
+    }
     for (int lane = 0; lane < kLanes; ++lane) {
       rows[lane] = Vec{};
       if (lane < lanes) rows[lane] = n == kLanes ? load(from(lane) + j) : load_partial(from(lane) + j, (int)n);
@@ -185,7 +193,7 @@ bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool trans
       pack_transposed_block(p, block, group, weight, taps);
     else
       pack_block(p, block, group, weight, taps);
-    finite &= transform_weight(taps, blocks.din, transposed, packed);
+    finite &= transform_weight(blocks, taps, transposed, packed);
   }
   return finite;
 }
@@ -341,20 +349,26 @@ struct BlockStatistics {
 
   RK_INLINE void add(const float* values, int64_t stride, int64_t n, bool first) {
     const Vec inverse = broadcast(1.0f / (float)n);
-    Vec sum{};
+    // over the values, in two sums for the latency of an addition
+    const auto sum_of = [&](auto term) RK_INLINE_LAMBDA {
+      Vec even{}, odd{};
+      for (int64_t i = 0; i + 1 < n; i += 2) {
+        even += term(load(values + i * stride));
+        odd += term(load(values + (i + 1) * stride));
+      }
+      if (n % 2) even += term(load(values + (n - 1) * stride));
+      return even + odd;
+    };
     if (first) {
-      for (int64_t i = 0; i < n; ++i) sum += load(values + i * stride);
-      origin = sum * inverse;
-      sum = mean = m2 = Vec{};
+      origin = sum_of([](Vec v) RK_INLINE_LAMBDA { return v; }) * inverse;
+      mean = m2 = Vec{};
       count = 0;
     }
-    for (int64_t i = 0; i < n; ++i) sum += load(values + i * stride) - origin;
-    const Vec tile_mean = sum * inverse;
-    Vec tile_m2{};
-    for (int64_t i = 0; i < n; ++i) {
-      const Vec d = (load(values + i * stride) - origin) - tile_mean;
-      tile_m2 += d * d;
-    }
+    const Vec tile_mean = sum_of([&](Vec v) RK_INLINE_LAMBDA { return v - origin; }) * inverse;
+    const Vec tile_m2 = sum_of([&](Vec v) RK_INLINE_LAMBDA {
+      const Vec d = (v - origin) - tile_mean;
+      return d * d;
+    });
     const float share = (float)n / (count + (float)n);
     const Vec delta = tile_mean - mean;
     mean += delta * broadcast(share);
@@ -446,13 +460,13 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   double* const counts = m2s + plan.splits * p.K;
   bool finite = true;
 
-  for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit) {
+  for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool fresh) {
     const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), channel = group * p.din();
     IVec* index = (IVec*)scratch.mine();
     BlockStatistics* statistics = (BlockStatistics*)(scratch.mine() + blocks.index_floats());
     float* staged = scratch.mine() + blocks.index_floats() + statistics_floats;
     float* packed = staged + stage_floats;
-    blocks.fill_index(index);
+    winograd ? fill_winograd_index(blocks, index) : blocks.fill_index(index);
 
     ForwardSink<T> sink{p, epilogue, (T*)out, group * p.dout(), statistics, nullptr, nullptr, {}};
     if (mean) {
@@ -462,9 +476,9 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
     }
     sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), blocks, p.groups);
     bool item_finite = true;
-    if constexpr (winograd)
+    if (fresh && winograd)
       item_finite = pack_winograd_weight(p, blocks, false, group, groups, (const T*)weight, staged, packed);
-    else
+    else if (fresh)
       pack_weight(p, blocks, false, group, groups, (const T*)weight, packed);
 
     for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
@@ -614,28 +628,38 @@ inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int6
   }
 }
 
-// Sums the splits' packed dweight of a chunk and writes it as the weight lies; of Winograd's M if `winograd`.
+// Sums the splits' packed dweight of a chunk, in place, and writes it as the weight lies; of Winograd's M if
+// `winograd`.
 template <class T>
 void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool winograd, const Plan& plan, int64_t chunk,
-                           const float* packed, int64_t split_floats, T* dweight) {
-  const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), din = p.din();
+                           float* packed, int64_t split_floats, T* dweight) {
+  const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), din = p.din(), row = 9 * din;
   const int64_t vectors = winograd ? 4 : 3;  // of a row of taps
+  const bool two = winograd && winograd_access(blocks) == Access::two;
+  const IVec order = side_by_side(two ? blocks.dout : 0);
   for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * din * vectors * kLanes) {
+    for (int64_t i = 0; i < 3 * din; ++i) {
+      float* const taps = packed + i * vectors * kLanes;
+      Vec sums[4] = {};
+      for (int64_t split = 0; split < plan.splits; ++split)
+        for (int64_t v = 0; v < vectors; ++v) sums[v] += load(taps + split * split_floats + v * kLanes);
+      if (winograd) weight_gradient_of_pairs(sums);
+      for (int64_t kx = 0; kx < 3; ++kx) store(taps + kx * kLanes, two ? permute(sums[kx], order) : sums[kx]);
+    }
     const Block block = blocks.block(b, groups);
-    T* to = dweight + (group * p.dout() + block.out) * din * 9;
-    for (int64_t ci = 0; ci < din; ++ci) {
-      for (int64_t ky = 0; ky < 3; ++ky) {
-        const float* from = packed + (winograd ? ky * din + ci : ci * 3 + ky) * vectors * kLanes;
-        Vec sums[4] = {};
-        for (int64_t split = 0; split < plan.splits; ++split)
-          for (int64_t i = 0; i < vectors; ++i) sums[i] += load(from + split * split_floats + i * kLanes);
-        if (winograd) weight_gradient_of_pairs(sums);
-        for (int64_t kx = 0; kx < 3; ++kx) {
-          T converted[kLanes];
-          store(converted, sums[kx]);
-          T* const at = to + (p.weight_channels_last ? (ky * 3 + kx) * din + ci : ci * 9 + ky * 3 + kx);
-          for (int lane = 0; lane < block.lanes; ++lane) at[lane * din * 9] = converted[lane];
-        }
+    T* const to = dweight + (group * p.dout() + block.out) * row;
+    for (int64_t j = 0; j < row; j += kLanes) {  // of a lane's row of the weight
+      const int64_t n = min(kLanes, row - j);
+      Vec rows[kLanes] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t ci = p.weight_channels_last ? (j + i) % din : (j + i) / 9;
+        const int64_t tap = p.weight_channels_last ? (j + i) / din : (j + i) % 9, ky = tap / 3;
+        rows[i] = load(packed + ((winograd ? ky * din + ci : ci * 3 + ky) * vectors + tap % 3) * kLanes);
+      }
+      transpose(rows);
+      for (int lane = 0; lane < block.lanes; ++lane) {
+        T* const at = to + lane * row + j;
+        n == kLanes ? store(at, rows[lane]) : store_partial(at, rows[lane], (int)n);
       }
     }
   }
@@ -706,19 +730,19 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
                         forward.index_floats() + backward.index_floats() + weight_floats + x_floats + z_floats);
   bool finite = true;
 
-  for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit) {
+  for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool fresh) {
     const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk);
     IVec* forward_index = (IVec*)scratch.mine();
     IVec* backward_index = (IVec*)(scratch.mine() + forward.index_floats());
     float* packed = scratch.mine() + forward.index_floats() + backward.index_floats();
     float* x_staged = packed + weight_floats;
     float* z_staged = x_staged + x_floats;
-    forward.fill_index(forward_index);
-    backward.fill_index(backward_index);
+    winograd ? fill_winograd_index(forward, forward_index) : forward.fill_index(forward_index);
+    winograd ? fill_winograd_index(backward, backward_index) : backward.fill_index(backward_index);
     bool item_finite = true;
-    if (dx && winograd)
+    if (fresh && dx && winograd)
       item_finite = pack_winograd_weight(p, backward, true, group, groups, (const T*)weight, z_staged, packed);
-    else if (dx)
+    else if (fresh && dx)
       pack_weight(p, backward, true, group, groups, (const T*)weight, packed);
     float* chunk_dweight = nullptr;
     if (dweight) {

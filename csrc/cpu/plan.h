@@ -204,14 +204,22 @@ struct Scratch {
   int64_t shared_floats_, thread_floats_;
 };
 
-// f(chunk, split, first unit, last unit) for every item; an item's work does not depend on the thread that does it.
+// f(chunk, split, first unit, last unit, fresh) for every item; what it computes does not depend on the thread. As many
+// chunks as threads are under way at a time, so that a thread mostly stays with one; `fresh`: it had another before.
 template <class F>
 void for_items(const Plan& plan, int num_threads, F f) {
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) if (num_threads > 1 && plan.items() > 1)
-  for (int64_t item = 0; item < plan.items(); ++item) {
-    const int64_t split = item / plan.chunks;
-    f(item % plan.chunks, split, split * plan.units / plan.splits, (split + 1) * plan.units / plan.splits);
-    end_streaming();
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && plan.items() > 1)
+  {
+    int64_t last = -1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < plan.items(); ++item) {
+      const int64_t first = item / (num_threads * plan.splits) * num_threads;
+      const int64_t together = min(num_threads, plan.chunks - first), at = item - first * plan.splits;
+      const int64_t chunk = first + at % together, split = at / together;
+      f(chunk, split, split * plan.units / plan.splits, (split + 1) * plan.units / plan.splits, chunk != last);
+      last = chunk;
+      end_streaming();
+    }
   }
 }
 

@@ -9,6 +9,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header, in _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -228,6 +229,19 @@ RK_INLINE Vec spread_quads(Vec v, int i) {
 #endif
 }
 
+// p[0] in even lanes, p[1] in odd ones.
+RK_INLINE Vec broadcast_two(const float* p) {
+#if defined(__AVX512F__)
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return (Vec)_mm512_set1_pd(both);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i % 2];
+  return v;
+#endif
+}
+
 // The lower (0) or the upper (1) four of every eight lanes, twice; sixteen lanes only.
 RK_INLINE Vec spread_octets(Vec v, int half) {
 #if defined(__AVX512F__)
@@ -253,12 +267,37 @@ RK_INLINE void exchange(Vec& upper, Vec& lower, std::index_sequence<L...>) {
 }
 template <int S = 1>
 RK_INLINE void transpose(Vec* rows) {
+#if defined(__AVX512F__)
+  // The same in instructions of one operation each: 4x4 within quarters of the vectors, then 4x4 of quarters.
+  __m512 quads[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 a = (__m512)rows[i], b = (__m512)rows[i + 1], c = (__m512)rows[i + 2], d = (__m512)rows[i + 3];
+    const __m512d ab = (__m512d)_mm512_unpacklo_ps(a, b), AB = (__m512d)_mm512_unpackhi_ps(a, b);
+    const __m512d cd = (__m512d)_mm512_unpacklo_ps(c, d), CD = (__m512d)_mm512_unpackhi_ps(c, d);
+    quads[i] = (__m512)_mm512_unpacklo_pd(ab, cd);
+    quads[i + 1] = (__m512)_mm512_unpackhi_pd(ab, cd);
+    quads[i + 2] = (__m512)_mm512_unpacklo_pd(AB, CD);
+    quads[i + 3] = (__m512)_mm512_unpackhi_pd(AB, CD);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = quads[i], b = quads[i + 4], c = quads[i + 8], d = quads[i + 12];
+    const __m512 ab02 = _mm512_shuffle_f32x4(a, b, 0x88), ab13 = _mm512_shuffle_f32x4(a, b, 0xdd);
+    const __m512 cd02 = _mm512_shuffle_f32x4(c, d, 0x88), cd13 = _mm512_shuffle_f32x4(c, d, 0xdd);
+    rows[i] = (Vec)_mm512_shuffle_f32x4(ab02, cd02, 0x88);
+    rows[i + 4] = (Vec)_mm512_shuffle_f32x4(ab13, cd13, 0x88);
+    rows[i + 8] = (Vec)_mm512_shuffle_f32x4(ab02, cd02, 0xdd);
+    rows[i + 12] = (Vec)_mm512_shuffle_f32x4(ab13, cd13, 0xdd);
+  }
+#else
   if constexpr (S < kLanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i)
       if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<kLanes>());
     transpose<2 * S>(rows);
   }
+#endif
 }
 
 // Written so that NaN passes: relu(NaN) = NaN, and the mask of a NaN is true.

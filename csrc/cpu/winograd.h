@@ -19,9 +19,11 @@
 //
 // Inputs are staged as V, once per element, for a few rows at a time:
 //
-//     [row][slot][pair][V0 V1 V2 V3][lane]        slot: one vector of channels, whole groups or part of one
+//     [slot][row][pair][V0 V1 V2 V3][lane]        slot: one vector of channels, whole groups or part of one
 //
-// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane].
+// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane]. Two
+// groups that share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads both values of an input
+// channel over their lanes.
 #pragma once
 
 #include "plan.h"
@@ -41,6 +43,29 @@ constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
 
 // On narrower maps pairs save nothing: too many of their products are with padding.
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
+
+inline Access winograd_access(const Blocks& blocks) {
+  return blocks.groups_per_block == 2 ? Access::two : blocks.access();
+}
+
+// Lanes of two groups of d channels, interleaved from side by side, and back.
+inline IVec interleaved(int64_t d) {
+  IVec index{};
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = (int32_t)min(lane % 2 * d + lane / 2, kLanes - 1);
+  return index;
+}
+inline IVec side_by_side(int64_t d) {
+  IVec index{};
+  for (int lane = 0; lane < 2 * d; ++lane) index[lane] = (int32_t)(lane < d ? 2 * lane : 2 * (lane - d) + 1);
+  return index;
+}
+// What a tile of `blocks` needs: for two groups, how its results lie in memory.
+inline void fill_winograd_index(const Blocks& blocks, IVec* index) {
+  if (winograd_access(blocks) == Access::two)
+    index[0] = side_by_side(blocks.dout);
+  else
+    blocks.fill_index(index);
+}
 
 // The vectors of a tensor with `d` channels per group, `other` on the convolution's other side.
 struct Slots {
@@ -63,13 +88,15 @@ struct Pairs {
   float* data;
   int64_t rows, slots, pairs;
   static constexpr int64_t kFloats = kVectors * kLanes;
-  int64_t slot_floats() const { return pairs * kFloats; }
-  int64_t floats() const { return rows * slots * slot_floats(); }
+  int64_t slot_floats() const { return rows * pairs * kFloats; }
+  int64_t floats() const { return slots * slot_floats(); }
+  // rows from `row` on that lie side by side in a slot
+  int64_t together(int64_t row) const { return rows - row % rows; }
   Pairs of(float* memory, int64_t slot_count, const Window& window) const {
     return {memory, rows, slot_count, ceil_div(window.columns, 2)};
   }
   float* at(int64_t row, int64_t slot, int64_t pair) const {
-    return data + ((row % rows * slots + slot) * pairs + pair) * kFloats;
+    return data + ((slot * rows + row % rows) * pairs + pair) * kFloats;
   }
 };
 
@@ -113,7 +140,9 @@ template <class F>
 RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots& slots, int64_t groups,
                            const Window& window, int64_t H, int64_t W, int64_t C, int64_t channel, F&& value) {
   const int64_t n = window.n, column = window.column;
-  Vec bad{};
+  const bool two = winograd_access(slots.vectors) == Access::two;
+  const IVec order = interleaved(slots.vectors.dout);
+  Vec bad[4] = {};  // sums of zeros
   for (int64_t row = window.row; row < window.row + window.rows; ++row) {
     for (int64_t slot = 0; slot < slots.count; ++slot) {
       const Block block = slots.vectors.block(slot, groups);
@@ -123,7 +152,9 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
         const int64_t c = channel + block.out;
         const int64_t first = ((n * H + row) * W + column) * C + c;
         const auto read = [&](int64_t q) RK_INLINE_LAMBDA {  // column q of the window
-          return column + q >= 0 && column + q < W ? value(first + q * C, c, lanes) : Vec{};
+          if (column + q < 0 || column + q >= W) return Vec{};
+          const Vec v = value(first + q * C, c, lanes);
+          return two ? permute(v, order) : v;
         };
         Vec d0 = read(-1), d1 = read(0);
         for (int64_t q = 0; q < 2 * to.pairs; q += 2, v += kPairFloats) {
@@ -132,7 +163,7 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             store(v + i * kLanes, values[i]);
-            bad += values[i] - values[i];
+            bad[i] += values[i] * Vec{};
           }
           if (d) {
             store(d, d1);
@@ -149,44 +180,56 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
         run(FirstLanes{block.lanes});
     }
   }
-  return !any_nan(bad);
+  return !any_nan((bad[0] + bad[1]) + (bad[2] + bad[3]));
 }
 
 // U of one block from its packed taps [ci][ky][kx][lane]; `rotated` turns the kernel by 180 degrees. False if a weight
 // is not finite.
-inline bool transform_weight(const float* taps, int64_t din, bool rotated, float* to) {
+inline bool transform_weight(const Blocks& blocks, const float* taps, bool rotated, float* to) {
+  const bool two = winograd_access(blocks) == Access::two;
+  const IVec order = interleaved(blocks.dout);
   Vec bad{};
-  for (int64_t ci = 0; ci < din; ++ci) {
+  for (int64_t ci = 0; ci < blocks.din; ++ci) {
     for (int64_t ky = 0; ky < 3; ++ky, taps += 3 * kLanes) {
-      Vec g0 = load(taps), g1 = load(taps + kLanes), g2 = load(taps + 2 * kLanes);
-      float* u = to + ((rotated ? 2 - ky : ky) * din + ci) * kPairFloats;
-      const Vec outer = (g0 + g2) * broadcast(0.5f), inner = g1 * broadcast(0.5f);
-      store(u, rotated ? g2 : g0);
+      Vec g[3];
+      for (int kx = 0; kx < 3; ++kx) {
+        g[kx] = load(taps + kx * kLanes);
+        if (two) g[kx] = permute(g[kx], order);
+      }
+      float* u = to + ((rotated ? 2 - ky : ky) * blocks.din + ci) * kPairFloats;
+      const Vec outer = (g[0] + g[2]) * broadcast(0.5f), inner = g[1] * broadcast(0.5f);
+      store(u, rotated ? g[2] : g[0]);
       store(u + kLanes, outer + inner);
       store(u + 2 * kLanes, outer - inner);
-      store(u + 3 * kLanes, rotated ? g0 : g2);
-      bad += (outer + inner) - (outer + inner);
+      store(u + 3 * kLanes, rotated ? g[0] : g[2]);
+      bad += (outer + inner) * Vec{};
     }
   }
   return !any_nan(bad);
 }
 
-// ---- the register tile: P pairs of one row, one block
-// A group fills the vector: an input value is broadcast by the FMA itself. All four products of an input channel at
-// once, so the weights are read in the order of memory.
-template <int P>
-void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec*,
-                   const TileOut& to) {
+// ---- the register tile: P pairs of one row, one block or, of a group that is wider, several
+template <Access X>
+constexpr int kSpread = X == Access::two ? 2 : 1;  // floats that one broadcast reads
+template <Access X>
+RK_INLINE Vec spread(const float* p) {
+  return X == Access::two ? broadcast_two(p) : broadcast(*p);
+}
+
+// One block. All four products of an input channel at once, so the weights are read in the order of memory.
+template <Access X, int P>
+void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec* index,
+                   const TileOut* to) {
   Vec m[P][4] = {};
   for (int t = 0; t < tap_count; ++t) {
     const float* weight = taps[t].weight;
     for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
-      const float* input = fresh(taps[t].input + ci / kLanes * slot_floats + ci % kLanes);
+      const float* input = fresh(taps[t].input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const Vec u = load(weight + i * kLanes);
 #pragma GCC unroll 8
-        for (int pair = 0; pair < P; ++pair) m[pair][i] += u * broadcast(input[pair * kPairFloats + i * kLanes]);
+        for (int pair = 0; pair < P; ++pair) m[pair][i] += u * spread<X>(input + pair * kPairFloats + i * kLanes);
       }
     }
   }
@@ -196,14 +239,61 @@ void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64
     y[2 * pair] = m[pair][0] + m[pair][1] + m[pair][2];
     y[2 * pair + 1] = m[pair][1] - m[pair][2] - m[pair][3];
   }
-  emit(to, y);
+  if (X == Access::two) {
+    const IVec order = *index;
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * P; ++i) y[i] = permute(y[i], order);
+  }
+  emit(to[0], y);
+}
+
+// Adds product i to the outputs of a pair.
+RK_INLINE void add_product(int i, Vec m, Vec& y0, Vec& y1) {
+  if (i == 0) y0 = m;
+  if (i == 1) y0 += m, y1 = m;
+  if (i == 2) y0 += m, y1 -= m;
+  if (i == 3) y1 -= m;
+}
+
+// B blocks of a group: an input value is broadcast once for all of them. One product at a time, which leaves registers
+// for the sums of all blocks; outputs wait in the first-level cache.
+template <int P, int B>
+void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec*,
+                        const TileOut* to) {
+  const int64_t block_floats = 3 * din * kPairFloats;
+  Vec y[B][2 * P];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Vec m[B][P] = {};
+    for (int t = 0; t < tap_count; ++t) {
+      const float* weight = taps[t].weight + i * kLanes;
+      for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
+        const float* input = fresh(taps[t].input + i * kLanes + ci / kLanes * slot_floats + ci % kLanes);
+        Vec u[B];
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) u[b] = load(weight + b * block_floats);
+#pragma GCC unroll 8
+        for (int pair = 0; pair < P; ++pair) {
+          const Vec v = broadcast(input[pair * kPairFloats]);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) m[b][pair] += u[b] * v;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+      for (int pair = 0; pair < P; ++pair) add_product(i, m[b][pair], y[b][2 * pair], y[b][2 * pair + 1]);
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b) emit(to[b], y[b]);
 }
 
 // Several groups share the vector: V is read once and permuted in registers for every input channel. One product at a
 // time, so that V, the sums and y fit.
 template <Access X, int P>
 void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t din, const IVec* index,
-                             const TileOut& to) {
+                             const TileOut* to) {
   Vec y[2 * P];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -211,63 +301,59 @@ void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t
     for (int t = 0; t < tap_count; ++t) {
       const float* input = fresh(taps[t].input) + i * kLanes;
       const float* weight = taps[t].weight + i * kLanes;
-#pragma GCC unroll 2
-      for (int half = 0; half < (X == Access::octets ? 2 : 1); ++half) {
-        Vec v[P];
+      Vec v[P];
 #pragma GCC unroll 8
-        for (int pair = 0; pair < P; ++pair) {
-          v[pair] = load(input + pair * kPairFloats);
-          if (X == Access::octets) v[pair] = spread_octets(v[pair], half);
-        }
-        for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
-          const Vec u = load(weight + (4 * half + ci) * kPairFloats);
-          const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
+      for (int pair = 0; pair < P; ++pair) v[pair] = load(input + pair * kPairFloats);
+      for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
+        const Vec u = load(weight + ci * kPairFloats);
+        const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
 #pragma GCC unroll 8
-          for (int pair = 0; pair < P; ++pair)
-            m[pair] += u * (X == Access::lanes ? permute(v[pair], lanes) : spread_quads(v[pair], (int)ci));
-        });
-      }
+        for (int pair = 0; pair < P; ++pair)
+          m[pair] += u * (X == Access::lanes ? permute(v[pair], lanes) : spread_quads(v[pair], (int)ci));
+      });
     }
 #pragma GCC unroll 8
-    for (int pair = 0; pair < P; ++pair) {
-      Vec &y0 = y[2 * pair], &y1 = y[2 * pair + 1];
-      if (i == 0) y0 = m[pair];
-      if (i == 1) y0 += m[pair], y1 = m[pair];
-      if (i == 2) y0 += m[pair], y1 -= m[pair];
-      if (i == 3) y1 -= m[pair];
-    }
+    for (int pair = 0; pair < P; ++pair) add_product(i, m[pair], y[2 * pair], y[2 * pair + 1]);
   }
-  emit(to, y);
+  emit(to[0], y);
 }
 
+// A tile takes `kWide` blocks of a group where there are as many.
+constexpr int kWide = 2;
+inline int64_t blocks_together(const Blocks& blocks, int64_t block) {
+  return blocks.blocks_per_group - block % blocks.blocks_per_group >= kWide ? kWide : 1;
+}
+
+using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*);
 struct WinogradTiles {
-  Tile by_pairs[kPairs + 1];
+  WinogradTile by_pairs[kPairs + 1], wide[kPairs + 1];
 };
 template <Access X, int P>
 constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
   if constexpr (P > 0) {
-    if constexpr (X == Access::broadcast)
-      tiles.by_pairs[P] = winograd_tile<P>;
+    if constexpr (X == Access::broadcast || X == Access::two)
+      tiles.by_pairs[P] = winograd_tile<X, P>;
     else
       tiles.by_pairs[P] = winograd_permuting_tile<X, P>;
+    if constexpr (X == Access::broadcast) tiles.wide[P] = winograd_wide_tile<P, kWide>;
     fill_winograd_tiles<X, P - 1>(tiles);
   }
 }
 inline const WinogradTiles& winograd_tiles(Access access) {
   struct All {
-    WinogradTiles broadcast{}, quads{}, octets{}, lanes{};
+    WinogradTiles broadcast{}, two{}, quads{}, lanes{};
     constexpr All() {
       fill_winograd_tiles<Access::broadcast, kPairs>(broadcast);
+      fill_winograd_tiles<Access::two, kPairs>(two);
       fill_winograd_tiles<Access::quads, kPairs>(quads);
-      fill_winograd_tiles<Access::octets, kPairs>(octets);
       fill_winograd_tiles<Access::lanes, kPairs>(lanes);
     }
   };
   static constexpr All all;
   switch (access) {
     case Access::broadcast: return all.broadcast;
+    case Access::two: return all.two;
     case Access::quads: return all.quads;
-    case Access::octets: return all.octets;
     default: return all.lanes;
   }
 }
@@ -284,12 +370,13 @@ struct WinogradPass {
 
   template <class S>
   RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, int64_t lines, const S& sink) const {
-    const WinogradTiles& tiles = winograd_tiles(blocks.access());
-    alignas(64) float values[2 * kPairs * kLanes];
+    const WinogradTiles& tiles = winograd_tiles(winograd_access(blocks));
+    alignas(64) float values[kWide][2 * kPairs * kLanes];
     const int64_t tile_count = ceil_div(input.pairs, kPairs);
     const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows * tile_count);
-    for (int64_t b = 0; b < blocks.count(groups); ++b) {
-      const Block block = blocks.block(b, groups);
+    for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
+      together = blocks_together(blocks, b);
+      const auto& by_pairs = together > 1 ? tiles.wide : tiles.by_pairs;
       const float* weight = packed + b * blocks.din * 3 * kPairFloats;
       for (int64_t row = out.row; row < out.row + out.rows; ++row) {
         const int64_t first = max(row - 1, 0), last = min(row + 1, p.H - 1);
@@ -301,10 +388,12 @@ struct WinogradPass {
                                   weight + (from - row + 1) * blocks.din * kPairFloats};
           const int64_t column = out.column + 2 * begin;
           const int64_t count = min(2 * (end - begin), out.columns - 2 * begin);
-          ahead.fetch(quota);
-          const TileOut to = sink.target(block, row, column, 1, count, values);
-          tiles.by_pairs[end - begin](taps, (int)(last - first + 1), input.slot_floats(), blocks.din, index, to);
-          sink.finish(b, block, row, column, 1, to);
+          ahead.fetch(together * quota);
+          TileOut to[kWide];
+          for (int64_t i = 0; i < together; ++i)
+            to[i] = sink.target(blocks.block(b + i, groups), row, column, 1, count, values[i]);
+          by_pairs[end - begin](taps, (int)(last - first + 1), input.slot_floats(), blocks.din, index, to);
+          for (int64_t i = 0; i < together; ++i) sink.finish(b + i, blocks.block(b + i, groups), row, column, 1, to[i]);
         }
       }
     }
@@ -315,57 +404,101 @@ struct WinogradPass {
 struct WinogradWeightArgs {
   const Pairs<4>&a, &e;
   const Pairs<2>& raw_e;
-  int64_t a_slot, e_slot;
+  int64_t a_slot, e_slot, din;
   int64_t row, rows, shift;  // of e; a's row is `shift` further
+
+  // f(row of e, number of pairs) for the runs of pairs that lie side by side in both.
+  template <class F>
+  RK_INLINE void for_runs(F&& f) const {
+    for (int64_t at = row, n; at < row + rows; at += n) {
+      n = min(row + rows - at, min(e.together(at), a.together(at + shift)));
+      f(at, n * a.pairs);
+    }
+  }
 };
 
-// Input channels ci + kFrom ... ci + kFrom + I - 1.
-template <Access X, int I, int kFrom = 0>
-void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
+// Input channels ci ... ci + I - 1 and B blocks of a group, or one of two groups. K products at a time: 16 sums.
+template <Access X, int I, int B, int K>
+void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
+  static constexpr int order[4] = {0, 3, 1, 2};  // the first two multiply e itself
+  const int64_t block_floats = 3 * args.din * kPairFloats;
+#pragma GCC unroll 4
+  for (int first = 0; first < 4; first += K) {
+    const bool raw = first < 2;
+    const int64_t step = raw ? 2 * kLanes : kPairFloats;
+    const int64_t slot_floats = raw ? args.raw_e.slot_floats() : args.e.slot_floats();
+    Vec acc[K][B][I] = {};
+    args.for_runs([&](int64_t row, int64_t pairs) RK_INLINE_LAMBDA {
+      const float* v = args.a.at(row + args.shift, args.a_slot + ci / kLanes, 0) + ci % kLanes * kSpread<X>;
+      const float* e = raw ? args.raw_e.at(row, args.e_slot, 0) : args.e.at(row, args.e_slot, 0);
+      for (; pairs > 0; --pairs, v += kPairFloats, e += step) {
+        const float* const input = fresh(v);
+#pragma GCC unroll 2
+        for (int k = 0; k < K; ++k) {
+          const int product = order[first + k];
+          Vec gradient[B];
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) gradient[b] = load(e + b * slot_floats + (raw ? product / 3 : product) * kLanes);
+#pragma GCC unroll 16
+          for (int i = 0; i < I; ++i) {
+            const Vec value = spread<X>(input + product * kLanes + i * kSpread<X>);
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) acc[k][b][i] += value * gradient[b];
+          }
+        }
+      }
+    });
+#pragma GCC unroll 2
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 16
+        for (int i = 0; i < I; ++i) {
+          float* to = dweight + b * block_floats + (ci + i) * kPairFloats + order[first + k] * kLanes;
+          store(to, load(to) + acc[k][b][i]);
+        }
+  }
+}
+template <Access X, int I, int B, int K>
+void winograd_weight_tiles(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
+  for (; ci + I <= args.din; ci += I) winograd_weight_tile<X, I, B, K>(args, ci, dweight);
+  if constexpr (I > 1)
+    if (ci < args.din) winograd_weight_tiles<X, I / 2, B, 2>(args, ci, dweight);
+}
+
+// Several groups in a vector, permuted in registers: all four products, so that what is permuted is read once.
+template <Access X, int I>
+void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
   Vec acc[I][4] = {};
   IVec lanes[I] = {};
   if (X == Access::lanes)
     for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
-  const int64_t slot = X == Access::broadcast ? ci / kLanes : 0;
-  const int64_t offset = X == Access::broadcast ? ci % kLanes : 0;
-  for (int64_t row = args.row; row < args.row + args.rows; ++row) {
-    const float* v = args.a.at(row + args.shift, args.a_slot + slot, 0) + offset;
+  args.for_runs([&](int64_t row, int64_t pairs) RK_INLINE_LAMBDA {
+    const float* v = args.a.at(row + args.shift, args.a_slot, 0);
     const float* s = args.e.at(row, args.e_slot, 0);
     const float* d = args.raw_e.at(row, args.e_slot, 0);
-    for (int64_t pair = 0; pair < args.a.pairs; ++pair) {
+    for (; pairs > 0; --pairs, v += kPairFloats, s += kPairFloats, d += 2 * kLanes) {
       const Vec e[4] = {load(d), load(s + kLanes), load(s + 2 * kLanes), load(d + kLanes)};
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        const float* input = fresh(v + k * kLanes);
-        const SpreadInput<X, kFrom> value(input);
+        const SpreadInput<X, 0> value(fresh(v + k * kLanes));
 #pragma GCC unroll 8
         for (int i = 0; i < I; ++i) acc[i][k] += value.at(i, lanes[i]) * e[k];
       }
-      v += kPairFloats;
-      s += kPairFloats;
-      d += 2 * kLanes;
     }
-  }
-  dweight += (ci + kFrom) * kPairFloats;
+  });
+  dweight += ci * kPairFloats;
 #pragma GCC unroll 8
   for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k, dweight += kLanes) store(dweight, load(dweight) + acc[i][k]);
   }
 }
-
-template <Access X, int I>
-void winograd_weight_tiles(const WinogradWeightArgs& args, int64_t ci, int64_t din, const IVec* index, float* dweight) {
-  if constexpr (X == Access::octets) {
-    winograd_weight_tile<X, 4>(args, 0, index, dweight);
-    winograd_weight_tile<X, 4, 4>(args, 0, index, dweight);
-  } else if constexpr (X == Access::quads) {
-    winograd_weight_tile<X, 4>(args, 0, index, dweight);
-  } else {
-    for (; ci + I <= din; ci += I) winograd_weight_tile<X, I>(args, ci, index, dweight);
-    if constexpr (I > 1)
-      if (ci < din) winograd_weight_tiles<X, I / 2>(args, ci, din, index, dweight);
-  }
+template <int I>
+void winograd_permuting_weight_tiles(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
+  for (; ci + I <= args.din; ci += I) winograd_permuting_weight_tile<Access::lanes, I>(args, ci, index, dweight);
+  if constexpr (I > 1)
+    if (ci < args.din) winograd_permuting_weight_tiles<I / 2>(args, ci, index, dweight);
 }
 
 // M of a chunk, from the rows of a step; asks for `lines` of what is ahead.
@@ -373,17 +506,26 @@ inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blo
                                          const Window& rows, const Pairs<4>& a, const Pairs<4>& e,
                                          const Pairs<2>& raw_e, const IVec* index, float* dweight, Ahead& ahead,
                                          int64_t lines) {
-  const auto tiles = blocks.access() == Access::broadcast ? winograd_weight_tiles<Access::broadcast, kPairInputs>
-                     : blocks.access() == Access::quads   ? winograd_weight_tiles<Access::quads, kPairInputs>
-                     : blocks.access() == Access::octets  ? winograd_weight_tiles<Access::octets, kPairInputs>
-                                                          : winograd_weight_tiles<Access::lanes, kPairInputs>;
+  const Access access = winograd_access(blocks);
   const int64_t quota = ceil_div(lines, 3 * blocks.count(groups));
-  for (int64_t b = 0; b < blocks.count(groups); ++b) {
-    for (int64_t ky = 0; ky < 3; ++ky, dweight += blocks.din * kPairFloats) {
+  for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
+    together = blocks_together(blocks, b);
+    for (int64_t ky = 0; ky < 3; ++ky) {
       const int64_t first = max(rows.row, 1 - ky), last = min(rows.row + rows.rows, p.H + 1 - ky);
-      ahead.fetch(quota);
-      if (first < last)
-        tiles({a, e, raw_e, slots.first(blocks, b), b, first, last - first, ky - 1}, 0, blocks.din, index, dweight);
+      ahead.fetch(together * quota);
+      if (first >= last) continue;
+      const WinogradWeightArgs args{a, e, raw_e, slots.first(blocks, b), b, blocks.din, first, last - first, ky - 1};
+      float* const to = dweight + (3 * b + ky) * blocks.din * kPairFloats;
+      if (access == Access::broadcast && together > 1)
+        winograd_weight_tiles<Access::broadcast, 16 / kWide, kWide, 1>(args, 0, to);
+      else if (access == Access::broadcast)
+        winograd_weight_tiles<Access::broadcast, 16, 1, 1>(args, 0, to);
+      else if (access == Access::two)
+        winograd_weight_tiles<Access::two, 8, 1, 2>(args, 0, to);
+      else if (access == Access::quads)
+        winograd_permuting_weight_tile<Access::quads, 4>(args, 0, index, to);
+      else
+        winograd_permuting_weight_tiles<kPairInputs>(args, 0, index, to);
     }
   }
 }
