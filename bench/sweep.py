@@ -178,8 +178,8 @@ def _fewest_multiplications(row: Row) -> float:
     The floor counts the direct algorithm. On AVX-512 ours compute stride 1 by Winograd's F(2, 3),
     in two thirds of them, and may be below it.
     """
-    winograd = row["device"] == "cpu" and row["stride"] == 1 and timing.kernel_isa() == "avx512"
-    return 2 / 3 if winograd else 1.0
+    avx512 = row["device"] == "cpu" and (timing.kernel_isa() or "").startswith("avx512")
+    return 2 / 3 if avx512 and row["stride"] == 1 else 1.0
 
 
 def finish(row: Row, roofline: timing.Roofline) -> Row:

@@ -349,7 +349,8 @@ def test_beaten_floor_is_flagged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "stride", "flagged"), [("avx512", 1, 0), ("avx512", 2, 1), ("avx2", 1, 1)]
+    ("isa", "stride", "flagged"),
+    [("avx512", 1, 0), ("avx512_bf16", 1, 0), ("avx512", 2, 1), ("avx2", 1, 1)],
 )
 def test_fewer_multiplications_have_a_floor_of_their_own(
     isa: str, stride: int, flagged: int, monkeypatch: pytest.MonkeyPatch

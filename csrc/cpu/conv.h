@@ -198,11 +198,28 @@ bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool trans
   return finite;
 }
 
+// A chunk's blocks as pairs of input channels, from bfloat16: [block][pair][tap][lane]. `taps`: memory for a block.
+template <class T>
+void pack_pairs(const ConvProblem& p, const Blocks& blocks, int64_t group, int64_t groups, const T* weight, float* taps,
+                float* packed) {
+  for (int64_t b = 0; b < blocks.count(groups); ++b) {
+    pack_block(p, blocks.block(b, groups), group, weight, taps);
+    for (int64_t pair = 0; pair < blocks.din; ++pair) {
+      for (int64_t tap = 0; tap < 9; ++tap, packed += kLanes) {
+        const float* const from = taps + (pair * 18 + tap) * kLanes;  // float32 whose lower half is zero
+        const UVec even = (UVec)load(from) >> 16, odd = (UVec)load(from + 9 * kLanes);
+        store(packed, (Vec)(even | odd));
+      }
+    }
+  }
+}
+
 // Runs the tiles of one unit. `out` is the window to compute, `input` the staged operand. For every block and tile,
 // sink.target(block, row, column, column step, count, values) says where its values go, `values` being memory for a
 // tile, and sink.finish(block index, block, row, column, column step, that target) follows.
 struct UnitPass {
   const ConvProblem& p;
+  const Tiles& tiles;
   const Blocks& blocks;
   bool transposed;
   int64_t groups;  // of the chunk
@@ -222,7 +239,6 @@ struct UnitPass {
 
   template <class S>
   RK_INLINE void run(const Window& out, const Staged& input, Ahead& ahead, const S& sink) const {
-    const Tiles& tiles = tiles_for(blocks.access(), transposed, p.stride, p.dilation);
     const bool shared_columns = p.dilation == 1 && p.stride <= 2;
     alignas(64) float values[kTile * kLanes];
     const int64_t block_floats = blocks.din * 9 * kLanes, block_count = blocks.count(groups);
@@ -249,16 +265,15 @@ struct UnitPass {
         sink.finish(b, block, row, column, stride, to);
       };
       if (shared_columns)
-        run_shared(out, input, tiles, rows, row_count, tile);
+        run_shared(out, input, rows, row_count, tile);
       else
-        run_taps(out, input, tiles, rows, row_count, tile);
+        run_taps(out, input, rows, row_count, tile);
     }
   }
 
   // Neighbouring columns share what they read.
   template <class F>
-  RK_INLINE void run_shared(const Window& out, const Staged& input, const Tiles& tiles, const RowTap* rows,
-                            int row_count, F&& run) const {
+  RK_INLINE void run_shared(const Window& out, const Staged& input, const RowTap* rows, int row_count, F&& run) const {
     const bool pairs = transposed && p.stride == 2;  // a tile starts at an even column
     const int64_t tile_count = ceil_div(out.columns, kTile);
     const int64_t even = pairs ? round_up(ceil_div(out.columns, tile_count), 2) : 0;
@@ -276,8 +291,7 @@ struct UnitPass {
 
   // Any stride and dilation. Columns of one residue modulo the stride read the same taps in the transpose.
   template <class F>
-  RK_INLINE void run_taps(const Window& out, const Staged& input, const Tiles& tiles, const RowTap* rows, int row_count,
-                          F&& run) const {
+  RK_INLINE void run_taps(const Window& out, const Staged& input, const RowTap* rows, int row_count, F&& run) const {
     const int64_t residues = transposed ? p.stride : 1;
     for (int64_t residue = 0; residue < residues; ++residue) {
       const int64_t total = ceil_div(out.columns - residue, residues);
@@ -438,20 +452,36 @@ struct ForwardSink {
   }
 };
 
-// mean and var: of z's channels, unless null. False, with the results undefined, if `winograd` and an operand is not
-// finite.
-template <class T, bool winograd>
+// How the sum is formed: as written; by Winograd's pairs of columns; from pairs of bfloat16 channels, as written.
+enum class Form { direct, winograd, channel_pairs };
+
+// A problem whose input channels come in pairs, 32 bits each.
+inline ConvProblem in_pairs(ConvProblem p) {
+  p.C /= 2;
+  return p;
+}
+// Whether lanes mean the same output channels either way, which pack_pairs counts on.
+inline bool pairs_serve(const ConvProblem& p) {
+  return p.din() % 2 == 0 &&
+         Blocks(p.din() / 2, p.dout()).groups_per_block == Blocks(p.din(), p.dout()).groups_per_block;
+}
+
+// mean and var: of z's channels, unless null. False, with the results undefined, if it is Winograd's form and an
+// operand is not finite.
+template <class T, Form form>
 bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affine prologue, const Epilogue& epilogue,
                   void* out, float* mean, float* var, int num_threads) {
-  const Plan plan(p, num_threads, winograd ? 0 : 1);
-  const Blocks blocks(p.din(), p.dout());
+  constexpr bool winograd = form == Form::winograd, pairs = form == Form::channel_pairs;
+  const ConvProblem source = pairs ? in_pairs(p) : p;  // as x is read
+  const Plan plan(source, num_threads, winograd ? 0 : 1);
+  const Blocks blocks(source.din(), p.dout());
   const Slots slots(p.din(), p.dout(), plan.chunk_groups);
 
-  const int64_t pixel = staged_pixel(plan.chunk_groups * p.din());
+  const int64_t pixel = staged_pixel(plan.chunk_groups * source.din());
   const Window largest = input_window({0, 0, plan.rows, 0, plan.columns}, p);
   const Pairs<4> shape = winograd ? pairs_for(plan, slots.count, kStepFloats) : Pairs<4>{};
-  const int64_t stage_floats = winograd ? max(shape.floats(), 9 * p.din() * kLanes) : Staged::floats(largest, pixel);
-  const int64_t weight_floats = blocks.count(plan.chunk_groups) * p.din() * (winograd ? 12 : 9) * kLanes;
+  const int64_t stage_floats = max(winograd ? shape.floats() : Staged::floats(largest, pixel), 9 * p.din() * kLanes);
+  const int64_t weight_floats = blocks.count(plan.chunk_groups) * blocks.din * (winograd ? 12 : 9) * kLanes;
   const int64_t statistics_floats = mean ? blocks.count(plan.chunk_groups) * kStatisticsFloats : 0;
   const Scratch scratch(num_threads, mean ? 2 * plan.splits * (2 * p.K + 1) : 0,
                         blocks.index_floats() + statistics_floats + weight_floats + stage_floats);
@@ -461,7 +491,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   bool finite = true;
 
   for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool fresh) {
-    const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), channel = group * p.din();
+    const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), channel = group * source.din();
     IVec* index = (IVec*)scratch.mine();
     BlockStatistics* statistics = (BlockStatistics*)(scratch.mine() + blocks.index_floats());
     float* staged = scratch.mine() + blocks.index_floats() + statistics_floats;
@@ -478,6 +508,8 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
     bool item_finite = true;
     if (fresh && winograd)
       item_finite = pack_winograd_weight(p, blocks, false, group, groups, (const T*)weight, staged, packed);
+    else if (fresh && pairs)
+      pack_pairs(p, blocks, group, groups, (const T*)weight, staged, packed);
     else if (fresh)
       pack_weight(p, blocks, false, group, groups, (const T*)weight, packed);
 
@@ -496,11 +528,15 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
           });
         });
       } else {
-        const UnitPass pass{p, blocks, false, groups, packed, index};
+        using Stored = std::conditional_t<pairs, float, T>;  // a pair is moved as a float
+        const Access access = blocks.access();
+        const Tiles& tiles =
+            pairs ? pair_tiles_for(access, p.stride, p.dilation) : tiles_for(access, false, p.stride, p.dilation);
+        const UnitPass pass{p, tiles, blocks, false, groups, packed, index};
         const Staged input{staged, input_window(window, p), pixel};
-        stage_activation(input, p, channel, groups * p.din(), (const T*)x, prologue);
+        stage_activation(input, source, channel, groups * source.din(), (const Stored*)x, prologue);
         Ahead ahead;
-        ahead.add((const T*)x, p.N, p.H, p.W, p.C, input_window(next, p), channel, groups * p.din());
+        ahead.add((const Stored*)x, p.N, p.H, p.W, source.C, input_window(next, p), channel, groups * source.din());
         pass.run(window, input, ahead, sink);
       }
       sink.pixels += (double)(window.rows * window.columns);
@@ -515,26 +551,34 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   return finite;
 }
 
+// `pairs`: bfloat16 without a prologue may be multiplied in pairs.
 template <class T>
 void conv_forward(const ConvProblem& p, const void* x, const void* weight, Affine prologue, const Epilogue& epilogue,
-                  void* out, float* mean, float* var, int num_threads) {
+                  void* out, float* mean, float* var, int num_threads, bool pairs) {
+  if constexpr (kPairProducts && std::is_same<T, bf16>::value) {
+    if (pairs && !prologue.scale && pairs_serve(p)) {
+      conv_forward<T, Form::channel_pairs>(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
+      return;
+    }
+  }
   if constexpr (kWinograd) {
-    if (winograd_serves(p) && conv_forward<T, true>(p, x, weight, prologue, epilogue, out, mean, var, num_threads))
+    if (winograd_serves(p) &&
+        conv_forward<T, Form::winograd>(p, x, weight, prologue, epilogue, out, mean, var, num_threads))
       return;
   }
-  conv_forward<T, false>(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
+  conv_forward<T, Form::direct>(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
 }
 
 template <class T>
 void conv_affine_relu(const ConvProblem& p, const void* x, const void* weight, Affine affine, const void* residual,
-                      Affine prologue, void* y, int num_threads) {
-  conv_forward<T>(p, x, weight, prologue, Epilogue{affine, residual}, y, nullptr, nullptr, num_threads);
+                      Affine prologue, void* y, int num_threads, bool pairs) {
+  conv_forward<T>(p, x, weight, prologue, Epilogue{affine, residual}, y, nullptr, nullptr, num_threads, pairs);
 }
 
 template <class T>
 void conv_stats(const ConvProblem& p, const void* x, const void* weight, Affine prologue, void* z, float* mean,
-                float* var, int num_threads) {
-  conv_forward<T>(p, x, weight, prologue, Epilogue{}, z, mean, var, num_threads);
+                float* var, int num_threads, bool pairs) {
+  conv_forward<T>(p, x, weight, prologue, Epilogue{}, z, mean, var, num_threads, pairs);
 }
 
 // ---- backward for weight
@@ -789,7 +833,10 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
       const Staged dz{z_staged, gradient_window(own, p), z_pixel};
       stage_gradient<T>(dz, p, z_channel, groups * p.dout(), gradient);
       Ahead ahead = ahead_of(gradient_window(own_window(next, p), p), input_window(next, p));
-      if (dx) UnitPass{p, backward, true, groups, packed, backward_index}.run(own, dz, ahead, sink);
+      if (dx)
+        UnitPass{
+            p, tiles_for(backward.access(), true, p.stride, p.dilation), backward, true, groups, packed, backward_index}
+            .run(own, dz, ahead, sink);
       if (!dweight) continue;
       const Staged input{x_staged, input_window(window, p), x_pixel};
       stage_activation(input, p, x_channel, groups * p.din(), (const T*)x, prologue);

@@ -10,10 +10,10 @@ namespace resnext_kernels::cpu {
 
 const Kernels* const* supported_kernels() {
   struct Supported {
-    const Kernels* list[4] = {};
+    const Kernels* list[5] = {};
     Supported() {
 #if defined(__x86_64__)
-      const Kernels* compiled[] = {&kernels_avx512(), &kernels_avx2(), &kernels_baseline()};
+      const Kernels* compiled[] = {&kernels_avx512_bf16(), &kernels_avx512(), &kernels_avx2(), &kernels_baseline()};
 #elif defined(__aarch64__)
       const Kernels* compiled[] = {&kernels_neon()};
 #else

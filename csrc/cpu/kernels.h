@@ -96,6 +96,7 @@ struct Kernels {
   int64_t (*multiply_adds)(int64_t rounds, int num_threads);
 };
 
+const Kernels& kernels_avx512_bf16();  // bfloat16 multiplied in pairs, forward without a prologue
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx2();
 const Kernels& kernels_neon();

@@ -31,17 +31,19 @@ bool supported_here() {
 #endif
 }
 
+template <bool pairs>
 void conv_affine_relu_any(const ConvProblem& problem, const void* x, const void* weight, Affine affine,
                           const void* residual, Affine prologue, void* y, int num_threads) {
   with_dtype(problem.dtype, [&](auto t) {
-    conv_affine_relu<decltype(t)>(problem, x, weight, affine, residual, prologue, y, num_threads);
+    conv_affine_relu<decltype(t)>(problem, x, weight, affine, residual, prologue, y, num_threads, pairs);
   });
 }
 
+template <bool pairs>
 void conv_stats_any(const ConvProblem& problem, const void* x, const void* weight, Affine prologue, void* z,
                     float* mean, float* var, int num_threads) {
   with_dtype(problem.dtype,
-             [&](auto t) { conv_stats<decltype(t)>(problem, x, weight, prologue, z, mean, var, num_threads); });
+             [&](auto t) { conv_stats<decltype(t)>(problem, x, weight, prologue, z, mean, var, num_threads, pairs); });
 }
 
 void conv_backward_any(const ConvProblem& problem, const ReluBNGradient& gradient, const void* x, Affine prologue,
@@ -86,13 +88,16 @@ void bn_relu_input_gradient_any(DType dtype, int64_t M, int64_t C, const ReluBNG
 #define RK_JOIN_(a, b) a##b
 #define RK_JOIN(a, b) RK_JOIN_(a, b)
 
-const Kernels& RK_JOIN(kernels_, RK_ISA)() {
-  using namespace RK_ISA;
-  static constexpr Kernels table = {
-      RK_TEXT(RK_ISA),
-      supported_here,
-      conv_affine_relu_any,
-      conv_stats_any,
+namespace RK_ISA {
+namespace {
+// `pairs`: bfloat16 is multiplied in pairs.
+template <bool pairs>
+constexpr Kernels table_of(const char* isa, bool (*supported)()) {
+  return {
+      isa,
+      supported,
+      conv_affine_relu_any<pairs>,
+      conv_stats_any<pairs>,
       conv_backward_any,
       conv1x1,
       conv1x1_backward,
@@ -105,7 +110,21 @@ const Kernels& RK_JOIN(kernels_, RK_ISA)() {
       bn_gradient_vectors,
       multiply_adds,
   };
+}
+}  // namespace
+}  // namespace RK_ISA
+
+const Kernels& RK_JOIN(kernels_, RK_ISA)() {
+  static constexpr Kernels table = RK_ISA::table_of<false>(RK_TEXT(RK_ISA), RK_ISA::supported_here);
   return table;
 }
+
+#if defined(__AVX512F__)
+const Kernels& RK_JOIN(RK_JOIN(kernels_, RK_ISA), _bf16)() {
+  static constexpr Kernels table = RK_ISA::table_of<true>(
+      RK_TEXT(RK_ISA) "_bf16", [] { return RK_ISA::supported_here() && RK_ISA::pair_products_here(); });
+  return table;
+}
+#endif
 
 }  // namespace resnext_kernels::cpu

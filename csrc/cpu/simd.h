@@ -253,6 +253,21 @@ RK_INLINE Vec spread_octets(Vec v, int half) {
 #endif
 }
 
+// ---- lanes as pairs of bfloat16: sum + a.even * b.even + a.odd * b.odd in float32, denormals taken as zero
+#if defined(__AVX512F__)
+constexpr bool kPairProducts = true;
+inline bool pair_products_here() { return __builtin_cpu_supports("avx512bf16"); }
+RK_INLINE Vec add_pair_products(Vec sum, Vec a, Vec b) {
+  // as text: only where pair_products_here() may it run, so the compiler must not know it
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#else
+constexpr bool kPairProducts = false;
+inline bool pair_products_here() { return false; }
+RK_INLINE Vec add_pair_products(Vec sum, Vec, Vec) { return sum; }
+#endif
+
 // ---- rows[i][j] <- rows[j][i], by exchanging the off-diagonal halves of ever larger squares
 template <int S, size_t... L>
 RK_INLINE void exchange(Vec& upper, Vec& lower, std::index_sequence<L...>) {

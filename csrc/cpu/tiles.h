@@ -125,9 +125,18 @@ RK_INLINE void for_inputs(int64_t din, F&& f) {
   }
 }
 
-template <Access X, Map M, int A>
+// What a lane holds: a float32, or two bfloat16, neighbouring input channels.
+enum class Lane { single, pair };
+template <Lane L>
+RK_INLINE Vec add_product(Vec sum, Vec weight, Vec value) {
+  return L == Lane::pair ? add_pair_products(sum, weight, value) : sum + weight * value;
+}
+
+template <Access X, Map M, int A, Lane L>
 void conv_tile(const RowTap* taps, int tap_count, int64_t pixel, int64_t din, const IVec* index, const TileOut& to) {
-  Vec acc[A] = {};
+  // A short row has too few sums to wait for one another: one for each kx then.
+  constexpr int kSums = 3 * A + 5 <= kRegisters ? 3 : 1;
+  Vec acc[kSums][A] = {};
   for (int t = 0; t < tap_count; ++t) {
     for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
       const float* weight = taps[t].weight + ci * (9 * kLanes);
@@ -140,16 +149,20 @@ void conv_tile(const RowTap* taps, int tap_count, int64_t pixel, int64_t din, co
 #pragma GCC unroll 3
         for (int kx = 0; kx < 3; ++kx) {
           const int at = accumulator<M, A>(q, kx);
-          if (at >= 0) acc[at] += w[kx] * value;
+          Vec& sum = acc[kx % kSums][at >= 0 ? at : 0];
+          if (at >= 0) sum = add_product<L>(sum, w[kx], value);
         }
       }
     });
   }
-  emit(to, acc);
+#pragma GCC unroll 64
+  for (int i = 0; i < A; ++i)
+    if (kSums == 3) acc[0][i] += acc[1 % kSums][i] + acc[2 % kSums][i];
+  emit(to, acc[0]);
 }
 
 // Any stride and dilation: a list of taps, one FMA per value read; accumulator i reads `step` floats after i - 1.
-template <Access X, int A>
+template <Access X, int A, Lane L>
 void tap_tile(const RowTap* taps, int tap_count, int64_t step, int64_t din, const IVec* index, const TileOut& to) {
   Vec acc[A] = {};
   for (int t = 0; t < tap_count; ++t) {
@@ -158,7 +171,7 @@ void tap_tile(const RowTap* taps, int tap_count, int64_t step, int64_t din, cons
       const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
       const float* input = fresh(taps[t].input);
 #pragma GCC unroll 64
-      for (int i = 0; i < A; ++i, input += step) acc[i] += w * read<X>(input, ci, lanes);
+      for (int i = 0; i < A; ++i, input += step) acc[i] = add_product<L>(acc[i], w, read<X>(input, ci, lanes));
     });
   }
   emit(to, acc);
@@ -170,30 +183,30 @@ struct Tiles {
   Tile by_size[kTile + 1];
 };
 
-template <Access X, Map M, int A>
+template <Access X, Map M, int A, Lane L>
 constexpr void fill_conv_tiles(Tiles& tiles) {
   if constexpr (A > 0) {
-    tiles.by_size[A] = conv_tile < X, M, M == Map::transposed2 ? (A + 1) / 2 * 2 : A > ;
-    fill_conv_tiles<X, M, A - 1>(tiles);
+    tiles.by_size[A] = conv_tile < X, M, M == Map::transposed2 ? (A + 1) / 2 * 2 : A, L > ;
+    fill_conv_tiles<X, M, A - 1, L>(tiles);
   }
 }
-template <Access X, int A>
+template <Access X, int A, Lane L>
 constexpr void fill_tap_tiles(Tiles& tiles) {
   if constexpr (A > 0) {
-    tiles.by_size[A] = tap_tile<X, A>;
-    fill_tap_tiles<X, A - 1>(tiles);
+    tiles.by_size[A] = tap_tile<X, A, L>;
+    fill_tap_tiles<X, A - 1, L>(tiles);
   }
 }
 
-template <Access X>
+template <Access X, Lane L>
 const Tiles& tiles_for(bool transposed, int64_t stride, int64_t dilation) {
   struct All {
     Tiles stride1{}, stride2{}, transposed2{}, any{};
     constexpr All() {
-      fill_conv_tiles<X, Map::stride1, kTile>(stride1);
-      fill_conv_tiles<X, Map::stride2, kTile>(stride2);
-      fill_conv_tiles<X, Map::transposed2, kTile>(transposed2);
-      fill_tap_tiles<X, kTile>(any);
+      fill_conv_tiles<X, Map::stride1, kTile, L>(stride1);
+      fill_conv_tiles<X, Map::stride2, kTile, L>(stride2);
+      if constexpr (L == Lane::single) fill_conv_tiles<X, Map::transposed2, kTile, Lane::single>(transposed2);
+      fill_tap_tiles<X, kTile, L>(any);
     }
   };
   static constexpr All all;
@@ -204,10 +217,16 @@ const Tiles& tiles_for(bool transposed, int64_t stride, int64_t dilation) {
 
 inline const Tiles& tiles_for(Access access, bool transposed, int64_t stride, int64_t dilation) {
   switch (access) {
-    case Access::broadcast: return tiles_for<Access::broadcast>(transposed, stride, dilation);
-    case Access::quads: return tiles_for<Access::quads>(transposed, stride, dilation);
-    default: return tiles_for<Access::lanes>(transposed, stride, dilation);  // octets too
+    case Access::broadcast: return tiles_for<Access::broadcast, Lane::single>(transposed, stride, dilation);
+    case Access::quads: return tiles_for<Access::quads, Lane::single>(transposed, stride, dilation);
+    default: return tiles_for<Access::lanes, Lane::single>(transposed, stride, dilation);  // octets too
   }
+}
+
+// The forward tiles for pairs.
+inline const Tiles& pair_tiles_for(Access access, int64_t stride, int64_t dilation) {
+  return access == Access::broadcast ? tiles_for<Access::broadcast, Lane::pair>(false, stride, dilation)
+                                     : tiles_for<Access::lanes, Lane::pair>(false, stride, dilation);
 }
 
 }  // namespace resnext_kernels::cpu::RK_ISA

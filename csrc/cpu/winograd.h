@@ -248,7 +248,7 @@ void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64
 }
 
 // Adds product i to the outputs of a pair.
-RK_INLINE void add_product(int i, Vec m, Vec& y0, Vec& y1) {
+RK_INLINE void add_to_outputs(int i, Vec m, Vec& y0, Vec& y1) {
   if (i == 0) y0 = m;
   if (i == 1) y0 += m, y1 = m;
   if (i == 2) y0 += m, y1 -= m;
@@ -283,7 +283,7 @@ void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b)
 #pragma GCC unroll 8
-      for (int pair = 0; pair < P; ++pair) add_product(i, m[b][pair], y[b][2 * pair], y[b][2 * pair + 1]);
+      for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[b][pair], y[b][2 * pair], y[b][2 * pair + 1]);
   }
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b) emit(to[b], y[b]);
@@ -313,7 +313,7 @@ void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t
       });
     }
 #pragma GCC unroll 8
-    for (int pair = 0; pair < P; ++pair) add_product(i, m[pair], y[2 * pair], y[2 * pair + 1]);
+    for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[pair], y[2 * pair], y[2 * pair + 1]);
   }
   emit(to[0], y);
 }

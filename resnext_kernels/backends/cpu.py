@@ -88,7 +88,7 @@ _BACKWARD_LIMIT = 128 * 128
 def _is_dense(x: Tensor, weight: Tensor, stride: int, dilation: int, limit: int) -> bool:
     """Whether this convolution of one group is one for oneDNN."""
     fewer_multiplications = (
-        stride == 1 and dilation == 1 and x.shape[3] >= 4 and _C.cpu_isa() == "avx512"
+        stride == 1 and dilation == 1 and x.shape[3] >= 4 and _C.cpu_isa().startswith("avx512")
     )
     return not fewer_multiplications or weight.numel() > 9 * limit
 
@@ -177,7 +177,7 @@ def conv_stats(
 
 
 # Instruction sets on which the compiled 1x1 convolution is faster than oneDNN's.
-_CONV1X1_ISAS = ("avx512", "avx2")
+_CONV1X1_ISAS = ("avx512_bf16", "avx512", "avx2")
 
 
 def _is_compiled_conv1x1(x: Tensor, weight: Tensor) -> bool:
