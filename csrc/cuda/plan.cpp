@@ -128,11 +128,12 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   for (int streams = p.strips > 1 ? 1 : std::min(std::max(1, most / width), p.N); streams > 0; --streams) {
     if (!lay_out(width, streams) && streams > 1) continue;
     const int image_groups = ceil_div(p.N, streams);
-    // a turn costs its tiles of 16 positions, and its input pixels, which threads fetch a run at a time
+    // a turn costs its tiles of 16 positions, its input pixels, which threads fetch a run at a time, and whatever its
+    // size as much as 64 positions more
     const double positions_done = out_rows * ceil_div(streams * width, 2) * 16 * (forward ? 1.0 : 2.5);
     const int runs = ceil_div(streams * std::min(p.in_w, p.pitch), run);
     const double pixels_done = rows_per_group(g, p.band) * runs * run * (forward ? 1.0 : 2.5);
-    const double turn_bytes = (positions_done + pixels_done) * p.block_chunks * 16;
+    const double turn_bytes = (64 + positions_done + pixels_done) * p.block_chunks * 16;
     for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
       const int segment_steps = ceil_div(p.steps, segments);
       if (ceil_div(p.steps, segment_steps) != segments) continue;
