@@ -647,7 +647,8 @@ struct Conv {
   // same channels.
   __device__ __forceinline__ void store_statistics(const Statistics& statistics) const {
     // Lanes are added from the origin of one that has values: if it is far off the mean of all, its own values are what
-    // most of the squares come from, so that little cancels.
+    // most of the squares come from, so that little cancels. A lane without values adds nothing: its origin is that of
+    // another position, which counts, or zero, and finite as nothing had to be repaired.
     const int some = __ffs(__ballot_sync(~0u, statistics.n > 0.f)) - 1;
     float origin[4], sum[4], squares[4];
 #pragma unroll
