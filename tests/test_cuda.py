@@ -20,6 +20,7 @@ from cases import Case
 from test_emulated import SERVED, WIDE
 
 from bench.emulator import DEVICES
+from bench.modelled import LAYERS
 from resnext_kernels.backends import cuda
 from resnext_kernels.problem import ConvProblem
 
@@ -73,7 +74,7 @@ def test_plans_fit_the_device(case: Case, dtype: torch.dtype, name: str) -> None
 def test_a_plan_fills_the_device() -> None:
     """ResNeXt-50's layers at batch 32: at least 80 of the A100's 108 multiprocessors at work."""
     device = device_of("A100")
-    for c, size, stride in ((128, 56, 1), (256, 56, 2), (256, 28, 1), (512, 14, 1), (1024, 7, 1)):
+    for c, size, stride in LAYERS:
         for plan in plans_of(Case(32, c, size, size, groups=32, stride=stride), device, F16):
             for launch in plan.launches:
                 if launch.kernel.startswith("conv_"):

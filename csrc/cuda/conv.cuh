@@ -9,7 +9,7 @@
 // Each step brings the next input rows into a ring in shared memory (16-byte cp.async, one step ahead), where the
 // previous BatchNorm or the gradient of this one is applied in place by the thread that fetched them, and makes the
 // next output rows from the rows that are there: every input pixel enters shared memory once, halo rows are never read
-// again.
+// again. Columns outside the image are zeros in the ring, rows outside it are left out.
 //
 //   ring (3 groups of rows) x (streams x pitch pixels) x 128 bytes (8 chunks of 8 channels), or 64 bytes with Q == 4
 //   chunk c of pixel p lies at 128 p + 16 (c ^ (p / stride & 7)): ldmatrix reads 8 neighbours without conflicts
@@ -39,11 +39,13 @@ namespace resnext_kernels::cuda {
 
 enum class Pass { forward, backward, dx, dweight };  // backward: dx and dweight from one reading of dz
 
-__device__ __forceinline__ int divide(int x, uint32_t magic) { return static_cast<int>(x * magic >> kMagicShift); }
+__device__ __forceinline__ int divide(int x, uint32_t magic) {
+  return static_cast<int>(__umulhi(static_cast<uint32_t>(x) << (32 - kMagicShift), magic));
+}
 
 // Row of the fragment table that connects input row `i` of a step to its output row `r`; none outside 0..2.
 __host__ __device__ constexpr int tap_row(Geometry g, int i, int r) {
-  return g == Geometry::s1 ? i - r : g == Geometry::s2 ? i : r + 1 - 2 * i;
+  return g == Geometry::s1 ? i - r : g == Geometry::s2 ? i - 2 * r : r + 1 - 2 * i;
 }
 // The same for the input column at shift `s` and output column `c` of a position.
 __host__ __device__ constexpr int tap_column(Geometry g, int s, int c) { return g == Geometry::t2 ? c + 1 - 2 * s : s; }
@@ -54,9 +56,9 @@ struct Conv {
   static constexpr int kSlots = slots(Q), kPixelBytes = 16 * kSlots;
   static constexpr int kGroupRows = rows_per_group(G, Q), kStepRows = rows_per_step(G, Q);
   static constexpr int kInStride = in_stride(G), kOutStride = out_stride(G);
-  static constexpr int kInRows = G == Geometry::s1 ? kGroupRows + 2 : G == Geometry::s2 ? 3 : 2;  // that one step reads
-  static constexpr int kShifts = G == Geometry::t2 ? 2 : 3;                                       // of the input column
-  static constexpr int kOutputs = kStepRows * kOutStride;  // pixels per position and step
+  static constexpr int kInRows = kGroupRows + (G == Geometry::s1 ? 2 : 1);  // that one step reads
+  static constexpr int kShifts = G == Geometry::t2 ? 2 : 3;                 // of the input column
+  static constexpr int kOutputs = kStepRows * kOutStride;                   // pixels per position and step
   static constexpr bool kForward = P == Pass::forward;
   static constexpr bool kHasConv = P != Pass::dweight, kHasDweight = P == Pass::backward || P == Pass::dweight;
   static constexpr int kPairs = Q / 2 > 0 ? Q / 2 : 1;
@@ -65,7 +67,7 @@ struct Conv {
   static constexpr int kSplits = Q <= 4 ? 2 : 1;  // of the positions, in dweight
   static constexpr int kWarpTiles = (most_units(G) / 2 + kParts - 1) / kParts;
   // Threads: chunks of a pixel, and a run of pixels.
-  static constexpr int kRun = kThreads / kSlots, kRunBytes = kRun * kPixelBytes;
+  static constexpr int kRun = kThreads / kSlots;
   static constexpr int kInPlaces = (most_in_pixels(G) + kRun - 1) / kRun;
   static constexpr int kOutPlaces = (most_units(G) * kUnit * kOutStride + kRun - 1) / kRun;
 
@@ -85,25 +87,35 @@ struct Conv {
     Moments of[2][2];  // [chunk][column]
     Sums sums[2][2];
   };
-  // The pixels of a row that a thread moves, every kRun-th.
+  // The pixels of a row that a thread moves, every kRun-th of those inside the image, then of the others.
   template <int kCount>
   struct Places {
-    int32_t global[kCount];  // in 16 bytes from the first pixel of the first image's row
-    int32_t order[kCount];   // its number in the row, kOutside where the image has no such column
+    int32_t global[kCount];   // in 16 bytes from the first pixel of the first image's row
+    uint32_t shared[kCount];  // in bytes from the start of the row
+    int32_t stream[kCount];   // kOutside where the image has no such column
   };
   static constexpr int32_t kOutside = 0x7ffffffe, kNowhere = 0x7fffffff;  // not in shared memory either
+
+  // A group of input rows arrives; unless it is an image's first, it completes a step.
+  struct Turn {
+    int image, out_row;  // of the first of the streams, and the step's first row
+    // The group's first row; the image may not have it.
+    __device__ __forceinline__ int in_row() const {
+      const unsigned next_step = out_row + kStepRows;
+      return static_cast<int>(kInStride * next_step / kOutStride) - (G != Geometry::t2);
+    }
+  };
 
   const ConvParams p;
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int pair, part;        // output chunks 2 * pair, 2 * pair + 1; part of the positions, or of the input chunks
   const int channel0, chunks;  // of the block
   int band;                    // first input chunk that the pair reads
-  int column0, image0, step0, step_count;
+  int column0, image0, image_end, out_begin, out_end;  // rows of the output
   uint32_t ring;
   Places<kInPlaces> in_places;
   Places<kOutPlaces> out_places;
-  uint32_t in_place, out_place;  // of the first of them in shared memory, from the start of the row
-  int tile_pixel[kWarpTiles];    // first input pixel of the lane's row, of every tile of the warp
+  int first_tile_pixel;  // `tile_pixel` of the warp's first tile
 
   __device__ __forceinline__ explicit Conv(const ConvParams& params, uint32_t shared)
       : p(params),
@@ -112,25 +124,29 @@ struct Conv {
         channel0(blockIdx.x * params.block_chunks * 8),
         chunks(min(params.block_chunks, params.C / 8 - static_cast<int>(blockIdx.x) * params.block_chunks)),
         ring(shared) {
-    band = Q == 1 ? 0 : min(16 * pair / p.D * p.D / 8, p.slots - Q);
-    const int piece = blockIdx.y;
-    const int walk = piece / (p.strips * p.segments), rest = piece % (p.strips * p.segments);
-    column0 = rest % p.strips * p.units * kUnit;
-    step0 = rest / p.strips * p.segment_steps;
-    step_count = min(p.segment_steps, p.steps - step0);
+    band = Q == 1 ? 0 : min(divide(16 * pair, p.group_magic) * p.D / 8, p.slots - Q);
+    const int piece = blockIdx.y, walk = divide(piece, p.walk_magic), rest = piece - walk * p.strips * p.segments;
+    const int segment = divide(rest, p.strip_magic);
+    column0 = (rest - segment * p.strips) * p.units * kUnit;
+    out_begin = kStepRows * segment * p.segment_steps;
+    out_end = min(out_begin + kStepRows * p.segment_steps, kStepRows * p.steps);
     image0 = walk * p.walk * p.streams;
-    make_places(in_places, p.in_pixels, p.pitch, p.pitch_magic, kInStride * column0 - (G != Geometry::t2), p.in_h,
-                p.in_w);
-    make_places(out_places, p.out_pixels, p.units * kUnit * kOutStride, p.stream_magic, kOutStride * column0, p.out_h,
-                p.out_w);
-    in_place = place(thread / kSlots, thread % kSlots, kInStride);
-    out_place = place(thread / kSlots, thread % kSlots, kOutStride);
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) tile_pixel[i] = unit_pixel(2 * (part + kParts * i) + lane / 8 % 2);
+    image_end = min(image0 + p.walk * p.streams, p.N);
+    make_places(in_places, p.in_pixels, p.pitch, p.in_magic, kInStride * column0 - (G != Geometry::t2), p.in_h, p.in_w,
+                kInStride);
+    make_places(out_places, p.out_pixels, p.units * kUnit * kOutStride, p.out_magic, kOutStride * column0, p.out_h,
+                p.out_w, kOutStride);
+    first_tile_pixel = tile_pixel(part);
   }
 
   __device__ __forceinline__ bool active() const { return 2 * pair < chunks; }
-  __device__ __forceinline__ int images(int walked) const { return min(p.streams, p.N - image0 - walked * p.streams); }
+  __device__ __forceinline__ Turn first_turn(int image) const { return {image, out_begin - kStepRows}; }
+  __device__ __forceinline__ Turn after(const Turn& turn) const {
+    if (turn.out_row + kStepRows == out_end) return first_turn(turn.image + p.streams);
+    return {turn.image, turn.out_row + kStepRows};
+  }
+  __device__ __forceinline__ int images(const Turn& turn) const { return min(p.streams, p.N - turn.image); }
+  __device__ __forceinline__ bool completes_step(const Turn& turn) const { return turn.out_row >= out_begin; }
 
   // Neighbours lie in different banks: kUnit pixels at a distance of `stride`, and the chunks of a pixel.
   static __device__ __forceinline__ uint32_t place(unsigned pixel, int chunk, int stride) {
@@ -206,73 +222,72 @@ struct Conv {
 
   // ---- rows into shared memory ---------------------------------------------------------------------------------
 
+  // `magic`: of the image's width.
   template <int kCount>
-  __device__ __forceinline__ void make_places(Places<kCount>& places, int pixels, int per_stream, uint32_t magic,
-                                              int first_column, int height, int width) const {
+  __device__ __forceinline__ void make_places(Places<kCount>& places, int pixels, int pitch, uint32_t magic,
+                                              int first_column, int height, int width, int stride) const {
+    const int left = max(-first_column, 0), columns = min(width - first_column, pitch) - left;  // outside, inside
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int pixel = thread / kSlots + i * kRun, stream = divide(pixel, magic);
-      const int column = first_column + pixel - stream * per_stream;
-      const bool inside = stream < p.streams && column >= 0 && column < width && thread % kSlots < chunks;
+      const int pixel = thread / kSlots + i * kRun, other = pixel - p.streams * columns;
+      const bool inside = other < 0;
+      const int other_column = divide(other, p.stream_magic);
+      const int stream = inside ? divide(pixel, magic) : other - other_column * p.streams;
+      const int column = inside ? left + pixel - stream * columns : other_column + (other_column < left ? 0 : columns);
       const bool exists = pixel < pixels && thread % kSlots < p.slots;
-      places.global[i] = (stream * height * width + column) * (p.C / 8);
-      places.order[i] = inside ? pixel : exists ? kOutside : kNowhere;
+      places.global[i] = (stream * height * width + first_column + column) * (p.C / 8);
+      places.shared[i] = place(pixel < p.streams * pitch ? stream * pitch + column : pixel, thread % kSlots, stride);
+      places.stream[i] = inside && thread % kSlots < chunks ? stream : exists ? kOutside : kNowhere;
     }
   }
 
-  // Calls f(order, r, shared offset, global offset) for the thread's 16 bytes of `kRows` rows, of the pixels before
-  // `end`, the offsets from the thread's chunk of the row's first pixel.
-  template <int kRows, int kCount, class F>
-  static __device__ __forceinline__ void each_place(const Places<kCount>& places, int end, int pixels,
-                                                    int64_t row_bytes, F f) {
+  __device__ __forceinline__ bool has_input_row(int row) const {
+    return static_cast<unsigned>(row) < static_cast<unsigned>(p.in_h);
+  }
+  // Calls f(stream, shared offset, global offset) for the thread's 16 bytes of row r, of the streams before `end`, the
+  // offsets from the thread's chunk of row 0's first pixel.
+  template <int kCount, class F>
+  static __device__ __forceinline__ void each_place(const Places<kCount>& places, int end, uint32_t row, int64_t row_at,
+                                                    F f) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (places.order[i] >= end) continue;
+      if (places.stream[i] >= end) break;
+      f(places.stream[i], row + places.shared[i], row_at + places.global[i] * int64_t{16});
+    }
+  }
+  // The same for all rows of a group or step that the image has.
+  template <class F>
+  __device__ __forceinline__ void each_input(const Turn& turn, int end, F f) const {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        f(places.order[i], r, i * kRunBytes + r * pixels * kPixelBytes, r * row_bytes + places.global[i] * int64_t{16});
-      }
+    for (int r = 0; r < kGroupRows; ++r) {
+      if (has_input_row(turn.in_row() + r)) each_place(in_places, end, r * p.in_pixels * kPixelBytes, r * p.in_row, f);
     }
   }
   template <class F>
-  __device__ __forceinline__ void each_input(int end, F f) const {
-    each_place<kGroupRows>(in_places, end, p.in_pixels, p.in_row, f);
+  __device__ __forceinline__ void each_output(const Turn& turn, int end, F f) const {
+#pragma unroll
+    for (int r = 0; r < kStepRows; ++r) {
+      if (turn.out_row + r >= p.out_h) break;
+      each_place(out_places, end, r * p.out_pixels * kPixelBytes, r * p.out_row, f);
+    }
   }
-  template <class F>
-  __device__ __forceinline__ void each_output(int end, F f) const {
-    each_place<kStepRows>(out_places, end, p.out_pixels, p.out_row, f);
-  }
-  __device__ __forceinline__ int input_end(int walked) const { return images(walked) * p.pitch; }
-  __device__ __forceinline__ int output_end(int walked) const { return images(walked) * p.units * kUnit * kOutStride; }
-
-  static __device__ __forceinline__ int first_input_row(int group) {
-    return G == Geometry::t2 ? group : kGroupRows * group - 1;
-  }
-  __device__ __forceinline__ bool has_input_row(int group, int r) const {
-    return static_cast<unsigned>(first_input_row(group) + r) < static_cast<unsigned>(p.in_h);
-  }
-  __device__ __forceinline__ bool has_output_row(int step, int r) const { return kStepRows * step + r < p.out_h; }
   __device__ __forceinline__ int own_channel() const { return channel0 + thread % kSlots * 8; }
   // In bytes: this thread's chunk in column 0 of a row of the first of the images; the row may lie outside.
-  __device__ __forceinline__ int64_t input_start(int walked, int group) const {
-    return (image0 + walked * p.streams) * p.in_image + first_input_row(group) * p.in_row + own_channel() * 2;
+  __device__ __forceinline__ int64_t input_start(const Turn& turn) const {
+    return turn.image * p.in_image + turn.in_row() * p.in_row + own_channel() * 2;
   }
-  __device__ __forceinline__ int64_t output_start(int walked, int step) const {
-    return (image0 + walked * p.streams) * p.out_image + kStepRows * step * p.out_row + own_channel() * 2;
+  __device__ __forceinline__ int64_t output_start(const Turn& turn) const {
+    return turn.image * p.out_image + turn.out_row * p.out_row + own_channel() * 2;
   }
 
-  __device__ __forceinline__ void fetch_input(uint32_t to, int walked, int group) const {
-    const int64_t start = input_start(walked, group);
+  __device__ __forceinline__ void fetch_input(uint32_t to, const Turn& turn) const {
+    const int64_t start = input_start(turn);
     const char *in = static_cast<const char*>(p.in) + start, *z = static_cast<const char*>(p.in_z) + start;
     const char* y = static_cast<const char*>(p.in_y) + start;
-    const int end = input_end(walked);
-    uint32_t bytes[kGroupRows];
-#pragma unroll
-    for (int r = 0; r < kGroupRows; ++r) bytes[r] = has_input_row(group, r) ? 16 : 0;
-    to += in_place;
-    const uint32_t z_to = ring + p.z_offset + in_place, y_to = ring + p.y_offset + in_place;
-    each_input(kNowhere, [&](int order, int r, uint32_t at, int64_t from) {
-      const uint32_t size = order < end ? bytes[r] : 0;
+    const uint32_t z_to = ring + p.z_offset, y_to = ring + p.y_offset;
+    const int end = images(turn);
+    each_input(turn, kNowhere, [&](int stream, uint32_t at, int64_t from) {
+      const uint32_t size = stream < end ? 16 : 0;
       copy_async(to + at, in + from, size);
       if constexpr (!kForward) {
         if (p.in_z) copy_async(z_to + at, z + from, size);
@@ -280,14 +295,16 @@ struct Conv {
       }
     });
   }
-  __device__ __forceinline__ void fetch_side(uint32_t to, int walked, int step) const {
-    if (!p.side) return;
-    const char* side = static_cast<const char*>(p.side) + output_start(walked, step);
-    const int end = output_end(walked);
-    to += out_place;
-    each_output(kNowhere, [&](int order, int r, uint32_t at, int64_t from) {
-      copy_async(to + at, side + from, order < end && has_output_row(step, r) ? 16 : 0);
-    });
+  // Rows that the image does not have become zeros: dweight reads them.
+  __device__ __forceinline__ void fetch_side(uint32_t to, const Turn& turn) const {
+    const char* side = static_cast<const char*>(p.side) + output_start(turn);
+#pragma unroll
+    for (int r = 0; r < kStepRows; ++r) {
+      const int end = turn.out_row + r < p.out_h ? images(turn) : 0;
+      each_place(
+          out_places, kNowhere, r * p.out_pixels * kPixelBytes, r * p.out_row,
+          [&](int stream, uint32_t at, int64_t from) { copy_async(to + at, side + from, stream < end ? 16 : 0); });
+    }
   }
 
   // In place, on what this thread fetched itself; what lies outside the image stays zero.
@@ -298,25 +315,21 @@ struct Conv {
     for (int i = 0; i < 8; ++i) v[i] = scale.v[i] * v[i] + shift.v[i];
     store_shared(at, pack_relu<T>(v));
   }
-  __device__ __forceinline__ void transform_input(uint32_t base, int walked, int group) const {
+  __device__ __forceinline__ void transform_input(uint32_t base, const Turn& turn, int images) const {
     const int channel = own_channel();
     if (thread % kSlots >= chunks) return;
-    base += in_place;
     if constexpr (kForward) {
       if (!p.in_scale) return;
       const Vector8 scale(p.in_scale + channel), shift(p.in_shift + channel);
-      each_input(input_end(walked), [&](int, int r, uint32_t at, int64_t) {
-        if (has_input_row(group, r)) activate(base + at, scale, shift);
-      });
+      each_input(turn, images, [&](int, uint32_t at, int64_t) { activate(base + at, scale, shift); });
     } else {
       if (!p.in_z) return;
       const Vector8 a(p.a + channel);
       Vector8 scale = a, shift = a, b = a, c = a;  // used only if given
       if (!p.in_y) scale = Vector8(p.in_scale + channel), shift = Vector8(p.in_shift + channel);
       if (p.b) b = Vector8(p.b + channel), c = Vector8(p.c + channel);
-      const uint32_t z_base = ring + p.z_offset + in_place, y_base = ring + p.y_offset + in_place;
-      each_input(input_end(walked), [&](int, int r, uint32_t at, int64_t) {
-        if (!has_input_row(group, r)) return;
+      const uint32_t z_base = ring + p.z_offset, y_base = ring + p.y_offset;
+      each_input(turn, images, [&](int, uint32_t at, int64_t) {
         float g[8], z[8];
         unpack<T>(g, load_shared(base + at));
         unpack<T>(z, load_shared(z_base + at));
@@ -340,14 +353,11 @@ struct Conv {
       });
     }
   }
-  __device__ __forceinline__ void transform_side(uint32_t base, int walked, int step) const {
-    if (!p.side || !p.side_scale || thread % kSlots >= chunks) return;
+  __device__ __forceinline__ void transform_side(uint32_t base, const Turn& turn, int images) const {
+    if (!p.side_scale || thread % kSlots >= chunks) return;
     const int channel = own_channel();
     const Vector8 scale(p.side_scale + channel), shift(p.side_shift + channel);
-    base += out_place;
-    each_output(output_end(walked), [&](int, int r, uint32_t at, int64_t) {
-      if (has_output_row(step, r)) activate(base + at, scale, shift);
-    });
+    each_output(turn, images, [&](int, uint32_t at, int64_t) { activate(base + at, scale, shift); });
   }
 
   // ---- products ------------------------------------------------------------------------------------------------
@@ -364,27 +374,33 @@ struct Conv {
     }
     return rows;
   }
-  // First input pixel of a lane's row of unit u; units behind the last one read the first.
+  // First input pixel of a lane's row of unit u. What lies behind the last unit or position reads another one, of the
+  // same bank if there is one.
   __device__ __forceinline__ int unit_pixel(int u) const {
     u = u < p.units * p.streams ? u : 0;
     const int stream = divide(u, p.unit_magic);
-    return stream * p.pitch + kInStride * ((u - stream * p.units) * kUnit + lane % 8);
+    const int column = (u - stream * p.units) * kUnit + lane % 8;
+    return stream * p.pitch + kInStride * (column < p.positions ? column : max(column - kUnit, 0));
   }
 
-  // `pixel`: the lane's of `tile_pixel`.
+  // First input pixel of the lane's row of a tile.
+  __device__ __forceinline__ int tile_pixel(int tile) const { return unit_pixel(2 * tile + lane / 8 % 2); }
+
+  // `in_row`: the first of `rows`, some of which the image may not have. `pixel`: `tile_pixel`.
   __device__ __forceinline__ void convolve(float (&sum)[kOutputs][2][4], const Weights (&weights)[2], const Rows& rows,
-                                           int pixel) const {
+                                           int in_row, int pixel) const {
     if constexpr (Q == 1) {
-      uint32_t two_taps = place(pixel + lane / 16, 2 * pair, kInStride);
-      uint32_t one_tap = place(pixel + 2, 2 * pair, kInStride);
+      const uint32_t two_taps = place(pixel + lane / 16, 2 * pair, kInStride);
+      const uint32_t one_tap = place(pixel + 2, 2 * pair, kInStride);
 #pragma unroll
-      for (int j = 0; j < 2; ++j, two_taps ^= 16, one_tap ^= 16) {  // the pair's second chunk
+      for (int i = 0; i < kInRows; ++i) {
+        if (!has_input_row(in_row + i)) continue;
 #pragma unroll
-        for (int i = 0; i < kInRows; ++i) {
+        for (int j = 0; j < 2; ++j) {  // the pair's second chunk is 16 bytes off
           uint32_t a[4], last[2];
-          load_matrices(a, rows.at[i] + two_taps);
+          load_matrices(a, rows.at[i] + (two_taps ^ 16 * j));
           if constexpr (kShifts == 3) {
-            load_matrices(last, rows.at[i] + one_tap);
+            load_matrices(last, rows.at[i] + (one_tap ^ 16 * j));
           } else {
             last[0] = a[0], last[1] = a[1];
           }
@@ -400,15 +416,21 @@ struct Conv {
         }
       }
     } else {
+      uint32_t offset[kShifts][kPairs];
 #pragma unroll
       for (int s = 0; s < kShifts; ++s) {
 #pragma unroll
-        for (int k = 0; k < kPairs; ++k) {
-          const uint32_t offset = place(pixel + s, band + 2 * k + lane / 16, kInStride);
+        for (int k = 0; k < kPairs; ++k) offset[s][k] = place(pixel + s, band + 2 * k + lane / 16, kInStride);
+      }
 #pragma unroll
-          for (int i = 0; i < kInRows; ++i) {
+      for (int i = 0; i < kInRows; ++i) {
+        if (!has_input_row(in_row + i)) continue;
+#pragma unroll
+        for (int s = 0; s < kShifts; ++s) {
+#pragma unroll
+          for (int k = 0; k < kPairs; ++k) {
             uint32_t a[4];
-            load_matrices(a, rows.at[i] + offset);
+            load_matrices(a, rows.at[i] + offset[s][k]);
 #pragma unroll
             for (int o = 0; o < kOutputs; ++o) {
               const int y = tap_row(G, i, o / kOutStride), x = tap_column(G, s, o % kOutStride);
@@ -432,7 +454,8 @@ struct Conv {
   __device__ __forceinline__ int split() const { return Q <= 2 ? part : Q == 4 ? part / 2 : 0; }
 
   // Adds the products of one tile's dz with the input at the outputs' places. The operands' rows are positions.
-  __device__ __forceinline__ void add_dweight(Gradient& gradient, const Rows& rows, uint32_t side, int tile) const {
+  __device__ __forceinline__ void add_dweight(Gradient& gradient, const Rows& rows, uint32_t side, int in_row,
+                                              int tile) const {
     const int in_chunk = first_in_chunk();
     uint32_t b[kOutputs][4];  // [2 * input chunk + half of the positions]
     const uint32_t first = place((16 * tile + lane % 16) * kOutStride, in_chunk + lane / 16, kOutStride);
@@ -443,16 +466,17 @@ struct Conv {
     }
     const int pixel = unit_pixel(2 * tile + lane / 16);
     if constexpr (Q == 1) {
-      uint32_t two_taps = place(pixel + lane / 8 % 2, 2 * pair, kInStride);  // two shifts of 8 channels
-      uint32_t one_tap = place(unit_pixel(2 * tile + lane / 8 % 2) + 2, 2 * pair, kInStride);
+      const uint32_t two_taps = place(pixel + lane / 8 % 2, 2 * pair, kInStride);  // two shifts of 8 channels
+      const uint32_t one_tap = place(tile_pixel(tile) + 2, 2 * pair, kInStride);
 #pragma unroll
-      for (int j = 0; j < 2; ++j, two_taps ^= 16, one_tap ^= 16) {  // the pair's second chunk
+      for (int i = 0; i < kInRows; ++i) {
+        if (!has_input_row(in_row + i)) continue;
 #pragma unroll
-        for (int i = 0; i < kInRows; ++i) {
+        for (int j = 0; j < 2; ++j) {  // the pair's second chunk is 16 bytes off
           uint32_t a[4], last[2];
-          load_transposed(a, rows.at[i] + two_taps);
+          load_transposed(a, rows.at[i] + (two_taps ^ 16 * j));
           if constexpr (kShifts == 3) {
-            load_transposed(last, rows.at[i] + one_tap);
+            load_transposed(last, rows.at[i] + (one_tap ^ 16 * j));
           } else {
             last[0] = a[0], last[1] = a[2];
           }
@@ -472,13 +496,16 @@ struct Conv {
         }
       }
     } else {
+      uint32_t offset[kShifts];
 #pragma unroll
-      for (int s = 0; s < kShifts; ++s) {
-        const uint32_t offset = place(pixel + s, 2 * pair + lane / 8 % 2, kInStride);
+      for (int s = 0; s < kShifts; ++s) offset[s] = place(pixel + s, 2 * pair + lane / 8 % 2, kInStride);
 #pragma unroll
-        for (int i = 0; i < kInRows; ++i) {
+      for (int i = 0; i < kInRows; ++i) {
+        if (!has_input_row(in_row + i)) continue;
+#pragma unroll
+        for (int s = 0; s < kShifts; ++s) {
           uint32_t a[4];  // 16 channels of dz
-          load_transposed(a, rows.at[i] + offset);
+          load_transposed(a, rows.at[i] + offset[s]);
 #pragma unroll
           for (int o = 0; o < kOutputs; ++o) {
             const int y = tap_row(G, i, o / kOutStride), x = tap_column(G, s, o % kOutStride);
@@ -506,13 +533,13 @@ struct Conv {
   };
 
   // Bit 2 * i + h: whether the lane's position of half h of the warp's tile i is one to count.
-  __device__ __forceinline__ uint32_t counted(int walked) const {
+  __device__ __forceinline__ uint32_t counted(int images) const {
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 2 * kWarpTiles; ++i) {
       const int unit = 2 * (part + kParts * (i / 2)) + i % 2, stream = divide(unit, p.unit_magic);
       const int column = column0 + (unit - stream * p.units) * kUnit + lane / 4;
-      bits |= (stream < images(walked) && column < p.out_w) << i;
+      bits |= (stream < images && column < p.out_w) << i;
     }
     return bits;
   }
@@ -520,11 +547,20 @@ struct Conv {
   // What the 16 positions of a tile make, all of which have a place: those outside the image are not copied out.
   // `inside`: bit h, whether to count the positions of half h.
   __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], Columns& columns, uint32_t inside,
-                                         uint32_t out, int step, int tile) const {
+                                         uint32_t out, int out_row, int tile) const {
     if constexpr (kForward) {
-      if (p.stats) count(sum, columns.statistics, inside, step);
+      if (p.stats) count(sum, columns.statistics, inside, out_row);
     }
     out += 16 * tile * kOutStride * kPixelBytes;
+    if (kForward && p.out_scale) {
+      store_results<true>(sum, columns.epilogue, out);
+    } else {
+      store_results<false>(sum, columns.epilogue, out);
+    }
+  }
+  template <bool kAffine>
+  __device__ __forceinline__ void store_results(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
+                                                uint32_t out) const {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -534,31 +570,29 @@ struct Conv {
         for (int r = 0; r < kStepRows; ++r) {
           const float(&total)[4] = sum[r * kOutStride + c][j];
           const uint32_t row = to + r * p.out_pixels * kPixelBytes;
-          store_result<0>(row, total[0], total[1], columns.epilogue, j);
-          store_result<kUnit * kOutStride * kPixelBytes>(row, total[2], total[3], columns.epilogue, j);
+          store_result<kAffine, 0>(row, total[0], total[1], epilogue, j);
+          store_result<kAffine, kUnit * kOutStride * kPixelBytes>(row, total[2], total[3], epilogue, j);
         }
       }
     }
   }
-  template <int kOffset>
+  template <bool kAffine, int kOffset>
   __device__ __forceinline__ void store_result(uint32_t at, float v0, float v1, const Epilogue& epilogue, int j) const {
-    if constexpr (kForward) {
-      if (p.out_scale) {
-        v0 = v0 * epilogue.scale[j][0] + epilogue.shift[j][0];
-        v1 = v1 * epilogue.scale[j][1] + epilogue.shift[j][1];
-        if (p.side) {
-          const float2 residual = unpack<T>(load_shared_word<kOffset>(at));
-          v0 += residual.x, v1 += residual.y;
-        }
-        store_shared_word<kOffset>(at, pack_relu<T>(v0, v1));
-        return;
+    if constexpr (kAffine) {
+      v0 = v0 * epilogue.scale[j][0] + epilogue.shift[j][0];
+      v1 = v1 * epilogue.scale[j][1] + epilogue.shift[j][1];
+      if (p.side) {
+        const float2 residual = unpack<T>(load_shared_word<kOffset>(at));
+        v0 += residual.x, v1 += residual.y;
       }
+      store_shared_word<kOffset>(at, pack_relu<T>(v0, v1));
+    } else {
+      store_shared_word<kOffset>(at, pack<T>(v0, v1));
     }
-    store_shared_word<kOffset>(at, pack<T>(v0, v1));
   }
 
   __device__ __forceinline__ void count(const float (&sum)[kOutputs][2][4], Statistics& statistics, uint32_t inside,
-                                        int step) const {
+                                        int out_row) const {
     if (statistics.n + statistics.pending == 0.f) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -566,13 +600,14 @@ struct Conv {
         statistics.of[i / 2][i % 2].origin = inside & 1 ? first[i % 2] : first[2 + i % 2];
       }
     }
+    const int rows = min(kStepRows, p.out_h - out_row);
 #pragma unroll
-    for (int r = 0; r < kStepRows; ++r) {
-      if (!has_output_row(step, r)) break;
+    for (int h = 0; h < 2; ++h) {
+      if (!(inside & 1 << h)) continue;
+      statistics.pending += rows;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!(inside >> h & 1)) continue;
-        statistics.pending += 1.f;
+      for (int r = 0; r < kStepRows; ++r) {
+        if (r >= rows) break;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           statistics.sums[i / 2][i % 2].add(sum[r][i / 2][2 * h + i % 2], statistics.of[i / 2][i % 2].origin);
@@ -580,9 +615,11 @@ struct Conv {
       }
     }
   }
-  static __device__ __forceinline__ void take_sums(Statistics& statistics) {
-    if (statistics.pending == 0.f) return;
-    const float share = statistics.pending / (statistics.n + statistics.pending), inverse = 1.f / statistics.pending;
+  // At once, since the first value is a poor origin if it is far off the others, then once there are so many.
+  static __device__ __forceinline__ void take_sums(Statistics& statistics, float least) {
+    if (statistics.pending < (statistics.n == 0.f ? 1.f : least)) return;
+    const float share = statistics.pending * reciprocal(statistics.n + statistics.pending);
+    const float inverse = reciprocal(statistics.pending);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       statistics.of[i / 2][i % 2].take(statistics.sums[i / 2][i % 2], statistics.n, share, inverse);
@@ -593,46 +630,46 @@ struct Conv {
   }
 
   // `odd` is no longer zero once a NaN or an infinity was stored.
-  __device__ __forceinline__ void store_output(uint32_t out, int walked, int step, uint32_t& odd) const {
-    char* start = static_cast<char*>(p.out) + output_start(walked, step);
-    out += out_place;
-    each_output(output_end(walked), [&](int, int r, uint32_t at, int64_t to) {
-      if (!has_output_row(step, r)) return;
+  __device__ __forceinline__ void store_output(uint32_t out, const Turn& turn, int images, uint32_t& odd) const {
+    char* start = static_cast<char*>(p.out) + output_start(turn);
+    each_output(turn, images, [&](int, uint32_t at, int64_t to) {
       const uint4 v = load_shared(out + at);
       *reinterpret_cast<uint4*>(start + to) = v;
       odd = times_zero_plus<T>(v.x, times_zero_plus<T>(v.y, times_zero_plus<T>(v.z, times_zero_plus<T>(v.w, odd))));
     });
   }
 
-  static __device__ __forceinline__ Moments either(bool first, const Moments& a, const Moments& b) {
-    return {first ? a.origin : b.origin, first ? a.mean : b.mean, first ? a.m2 : b.m2};
-  }
-  static __device__ __forceinline__ Moments shuffled(const Moments& m, int step) {
-    Moments other;
-    other.origin = __shfl_xor_sync(~0u, m.origin, step);
-    other.mean = __shfl_xor_sync(~0u, m.mean, step);
-    other.m2 = __shfl_xor_sync(~0u, m.m2, step);
-    return other;
+  // Of the lane's two values the one to keep, added to the same one of the lane `step` further, which keeps the other.
+  static __device__ __forceinline__ float halved(bool second, float a, float b, int step) {
+    return (second ? b : a) + __shfl_xor_sync(~0u, second ? a : b, step);
   }
   // Over the lanes with the same columns, which divide the four columns among themselves, then over the warps with the
   // same channels.
-  __device__ __forceinline__ void store_statistics(Statistics statistics) const {
-    float n = statistics.n, other_n = __shfl_xor_sync(~0u, n, 4);
-    Moments two[2], own;
-    const bool second = lane & 4, odd = lane & 8;
+  __device__ __forceinline__ void store_statistics(const Statistics& statistics) const {
+    // Lanes are added from the origin of one that has values: if it is far off the mean of all, its own values are what
+    // most of the squares come from, so that little cancels. A lane without values adds nothing: its origin is that of
+    // another position, which counts, or zero, and finite as nothing had to be repaired.
+    const int some = __ffs(__ballot_sync(~0u, statistics.n > 0.f)) - 1;
+    float origin[4], sum[4], squares[4];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      two[e] = either(second, statistics.of[1][e], statistics.of[0][e]);
-      two[e].merge(n, other_n, shuffled(either(second, statistics.of[0][e], statistics.of[1][e]), 4));
+    for (int i = 0; i < 4; ++i) {
+      const Moments& of = statistics.of[i / 2][i % 2];
+      origin[i] = __shfl_sync(~0u, of.origin, (some & ~3) + lane % 4);
+      const float mean = (of.origin - origin[i]) + of.mean;
+      sum[i] = statistics.n * mean;
+      squares[i] = of.m2 + sum[i] * mean;
     }
-    n += other_n;
-    other_n = __shfl_xor_sync(~0u, n, 8);
-    own = either(odd, two[1], two[0]);
-    own.merge(n, other_n, shuffled(either(odd, two[0], two[1]), 8));
-    n += other_n;
-    other_n = __shfl_xor_sync(~0u, n, 16);
-    own.merge(n, other_n, shuffled(own, 16));
-    n += other_n;
+    float n = statistics.n;
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) n += __shfl_xor_sync(~0u, n, step);
+    const bool second = lane & 4, odd = lane & 8;
+    const auto total = [&](const float(&of)[4]) {
+      const float own = halved(odd, halved(second, of[0], of[2], 4), halved(second, of[1], of[3], 4), 8);
+      return own + __shfl_xor_sync(~0u, own, 16);
+    };
+    const float own_sum = total(sum), own_mean = n > 0.f ? own_sum * reciprocal(n) : 0.f;
+    const float own_origin = second ? (odd ? origin[3] : origin[2]) : (odd ? origin[1] : origin[0]);
+    Moments own{own_origin, own_mean, total(squares) - own_sum * own_mean};
 
     const auto exchange = [&](int from) { return ring + ((from * kPairWarps + pair) * 16 + lane) * 16; };
     const int chunk = 2 * pair + second;
@@ -762,9 +799,8 @@ struct Conv {
   template <class F>
   __device__ __forceinline__ void each_pixel(int first, int stride, F f) const {
     const int column_end = min(kOutStride * (column0 + p.units * kUnit), p.out_w);
-    const int row_end = min(kStepRows * (step0 + step_count), p.out_h);
-    for (int n = image0; n < min(image0 + p.walk * p.streams, p.N); ++n) {
-      for (int row = kStepRows * step0; row < row_end; ++row) {
+    for (int n = image0; n < image_end; ++n) {
+      for (int row = out_begin; row < min(out_end, p.out_h); ++row) {
 #pragma unroll 1
         for (int column = kOutStride * column0 + first; column < column_end; column += stride) f(n, row, column);
       }
@@ -862,69 +898,65 @@ struct Conv {
     }
     const bool adds = kHasDweight && (p.dweight || p.dweight_partial);
 
-    // Turn by turn: a group of input rows arrives; from the second one of an image on it completes a step.
-    const int groups = step_count + 1;
-    const int walked_end = min(p.walk, (p.N - image0 + p.streams - 1) / p.streams);
-    const int turns = walked_end * groups;
-    int walked = 0, group = 0;
-    // the groups of the ring: before this turn's, this turn's, the next turn's; the same for the side's steps
-    uint32_t before = ring + 2 * p.group_bytes, now = ring, next = ring + p.group_bytes;
-    uint32_t side = ring + p.side_offset, next_side = side + p.side_bytes;
+    // the groups of the ring: before this turn's and this turn's; this step's part of the side
+    uint32_t before = ring + 2 * p.group_bytes, now = ring, side = ring + p.side_offset;
+    int present = 0;  // streams that hold an image
     uint32_t inside = 0;
-    int steps_done = 0;
     __syncthreads();
-    fetch_input(now, 0, step0);
-    for (int turn = 0; turn < turns; ++turn) {
-      int next_walked = walked, next_group = group + 1;
-      if (next_group == groups) ++next_walked, next_group = 0;
-      if constexpr (kForward) {
-        if (group == 0 && p.stats) inside = counted(walked);
+    Turn turn = first_turn(image0);
+    fetch_input(now, turn);
+    do {
+      const Turn next_turn = after(turn);
+      const uint32_t next = 3 * (ring + p.group_bytes) - before - now;
+      const uint32_t next_side = 2 * (ring + p.side_offset) + p.side_bytes - side;
+      if (!completes_step(turn)) {
+        present = images(turn);
+        if (kForward && p.stats) inside = counted(present);
       }
       wait_copies();
-      transform_input(now, walked, step0 + group);
-      if (group > 0) transform_side(side, walked, step0 + group - 1);
+      transform_input(now, turn, present);
+      if (p.side && completes_step(turn)) transform_side(side, turn, present);
       __syncthreads();
-      if (turn + 1 < turns) {
-        fetch_input(next, next_walked, step0 + next_group);
-        if (next_group > 0) fetch_side(next_side, next_walked, step0 + next_group - 1);
+      if (next_turn.image < image_end) {
+        fetch_input(next, next_turn);
+        if (p.side && completes_step(next_turn)) fetch_side(next_side, next_turn);
       }
-      if (group > 0) {
-        const int step = step0 + group - 1;
+      if (completes_step(turn)) {
         const uint32_t out = kForward && p.side ? side : ring + p.out_offset;
         if (active()) {
           const Rows rows = input_rows(before, now);
+          const int in_row = turn.in_row() - kGroupRows, units = present * p.units;
           if constexpr (kHasConv) {
             if (convolves) {
 #pragma unroll 1
               for (int i = 0; i < kWarpTiles; ++i) {
                 const int tile = part + kParts * i;
-                if (tile >= p.tiles) break;
+                if (2 * tile >= units) break;
                 float sum[kOutputs][2][4] = {};
-                convolve(sum, weights, rows, i == 0 ? tile_pixel[0] : tile_pixel[kWarpTiles - 1]);
-                finish(sum, columns, inside >> 2 * i, out, step, tile);
+                convolve(sum, weights, rows, in_row, i == 0 ? first_tile_pixel : tile_pixel(tile));
+                finish(sum, columns, inside >> 2 * i, out, turn.out_row, tile);
               }
               if constexpr (kForward) {
-                // at once, since the first value is a poor origin if it is far off the others, then now and then
-                if (p.stats && steps_done++ % 4 == 0) take_sums(columns.statistics);
+                if (p.stats) take_sums(columns.statistics, 32.f);
               }
             }
           }
           if constexpr (kHasDweight) {
             if (adds) {
-              for (int tile = split(); tile < p.tiles; tile += kSplits) add_dweight(gradient, rows, side, tile);
+              for (int tile = split(); 2 * tile < units; tile += kSplits) {
+                add_dweight(gradient, rows, side, in_row, tile);
+              }
             }
           }
         }
         if (convolves) {
           __syncthreads();
-          store_output(out, walked, step, odd);
+          store_output(out, turn, present, odd);
         }
       }
-      walked = next_walked, group = next_group;
-      const uint32_t free = before, free_side = side;
-      before = now, now = next, next = free;
-      side = next_side, next_side = free_side;
-    }
+      turn = next_turn;
+      before = now, now = next, side = next_side;
+    } while (turn.image < image_end);
     if constexpr (kHasConv) {
       if (__syncthreads_or(odd != 0)) {
         repair();
@@ -935,7 +967,7 @@ struct Conv {
     }
     if constexpr (kForward) {
       if (p.stats) {
-        take_sums(columns.statistics);
+        take_sums(columns.statistics, 1.f);
         store_statistics(columns.statistics);
       }
     }

@@ -21,17 +21,17 @@ constexpr int kRing = 3;  // groups of input rows in shared memory: two in use, 
 constexpr int kMostSlots = 8;
 constexpr int slots(int q) { return q == 4 ? 4 : kMostSlots; }
 constexpr int rows_per_group(Geometry g, int q) {  // input rows loaded per step
-  return g == Geometry::t2 ? 1 : g == Geometry::s1 && q == 4 ? 4 : 2;
-}
-constexpr int rows_per_step(Geometry g, int q) {  // output rows made per step
-  return g == Geometry::s2 ? 1 : g == Geometry::s1 && q == 4 ? 4 : 2;
+  return g == Geometry::t2 ? 1 : q == 4 ? 4 : 2;
 }
 constexpr int in_stride(Geometry g) { return g == Geometry::s2 ? 2 : 1; }   // input columns per position
 constexpr int out_stride(Geometry g) { return g == Geometry::t2 ? 2 : 1; }  // output columns per position
+constexpr int rows_per_step(Geometry g, int q) {                            // output rows made per step
+  return rows_per_group(g, q) * out_stride(g) / in_stride(g);
+}
 constexpr int most_units(Geometry g) { return g == Geometry::s1 ? 8 : 4; }  // of 8 positions in a row of a block
-// Input pixels of a row in shared memory: of `streams` images, each of `units`.
-constexpr int pitch(Geometry g, int units) { return units * kUnit * in_stride(g) + (g == Geometry::t2 ? 1 : 2); }
-constexpr int most_in_pixels(Geometry g) { return most_units(g) * pitch(g, 1); }
+// Input pixels of a row in shared memory, of one stream.
+constexpr int pitch(Geometry g, int positions) { return positions * in_stride(g) + (g == Geometry::s1 ? 2 : 1); }
+constexpr int most_in_pixels(Geometry g) { return most_units(g) * pitch(g, kUnit); }
 
 // One convolution pass. `in` is what the convolution reads, `out` what it writes, `side` is read where `out` is
 // written:
@@ -64,9 +64,8 @@ struct ConvParams {
   int32_t block_chunks;             // chunks of a block's channels, the last block may have fewer
   int32_t slots;                    // chunks of a pixel that are filled in shared memory (zeros behind the block's own)
   int32_t band;                     // input chunks that a pair of output chunks reads: Q of the kernel
-  int32_t units;                    // units of 8 positions per strip and row
+  int32_t positions, units;         // of a strip's row, and units of 8 of them: a pair is the 16 rows of one mma
   int32_t streams;                  // images side by side in one block
-  int32_t tiles;                    // pairs of units: the 16 rows of one mma
   int32_t strips, segments, walks;  // parts = strips * segments * walks, blockIdx.y counts them in that order
   int32_t walk;                     // groups of `streams` images that a block walks through
   int32_t steps, segment_steps;     // per image, per segment
@@ -74,12 +73,13 @@ struct ConvParams {
   int64_t in_row, in_image, out_row, out_image;  // bytes from one to the next in global memory
   int32_t in_pixels, out_pixels;                 // of one row in shared memory
   int32_t group_bytes, side_bytes;               // of a group of input rows, of the rows of a step
-  // x / d == x * magic >> 20 for x * d < 2**20
-  uint32_t pitch_magic, stream_magic, unit_magic, group_magic, row_magic;
+  // x / d == x * magic >> 31 for x * d < 2**31
+  uint32_t in_magic, out_magic;  // of the image's width; zero if there are strips: they are of one stream
+  uint32_t stream_magic, unit_magic, group_magic, row_magic, walk_magic, strip_magic;
   int32_t z_offset, y_offset, side_offset, out_offset;  // in shared memory; the ring starts at 0
 };
 
-constexpr int kMagicShift = 20;
+constexpr int kMagicShift = 31;
 
 // A pass over z as an (M, C) matrix; a block takes 64 channels and every `parts`-th run of 32 rows.
 struct PointwiseParams {

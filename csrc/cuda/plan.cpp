@@ -68,7 +68,7 @@ struct Tiling {
 int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, bool writes_out) {
   const int pixel_bytes = 16 * slots(p.band);
   p.in_pixels = p.streams * p.pitch;
-  p.out_pixels = p.tiles * 2 * kUnit * out_stride(g);
+  p.out_pixels = ceil_div(p.streams * p.units, 2) * 2 * kUnit * out_stride(g);
   p.group_bytes = rows_per_group(g, p.band) * p.in_pixels * pixel_bytes;
   p.side_bytes = rows_per_step(g, p.band) * p.out_pixels * pixel_bytes;
   const int group = ceil_div(p.group_bytes, 128) * 128, side = p.side_bytes;
@@ -105,8 +105,8 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   const auto lay_out = [&](int width, int streams) {  // whether it fits
     p.units = width;
     p.streams = streams;
-    p.tiles = ceil_div(streams * width, 2);
-    p.pitch = pitch(g, width);
+    p.positions = std::min(width * kUnit, positions);
+    p.pitch = pitch(g, p.positions);
     t.shared_bytes = shared_bytes(p, g, forward, dweight_only, p.out != nullptr);
     return t.shared_bytes <= soft_limit;
   };
@@ -125,13 +125,15 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
   double best = -1;
   int best_streams = 1;
-  for (int streams = std::min(std::max(1, most / width), p.N); streams > 0; --streams) {
+  for (int streams = p.strips > 1 ? 1 : std::min(std::max(1, most / width), p.N); streams > 0; --streams) {
     if (!lay_out(width, streams) && streams > 1) continue;
     const int image_groups = ceil_div(p.N, streams);
-    // a turn costs its tiles of 16 positions, and its input pixels, which threads fetch a run at a time
-    const double positions_done = out_rows * p.tiles * 16 * (forward ? 1.0 : 2.5);
-    const double pixels_done = rows_per_group(g, p.band) * ceil_div(p.in_pixels, run) * run * (forward ? 1.0 : 2.5);
-    const double turn_bytes = (positions_done + pixels_done) * p.block_chunks * 16;
+    // a turn costs its tiles of 16 positions, its input pixels, which threads fetch a run at a time, and whatever its
+    // size as much as 64 positions more
+    const double positions_done = out_rows * ceil_div(streams * width, 2) * 16 * (forward ? 1.0 : 2.5);
+    const int runs = ceil_div(streams * std::min(p.in_w, p.pitch), run);
+    const double pixels_done = rows_per_group(g, p.band) * runs * run * (forward ? 1.0 : 2.5);
+    const double turn_bytes = (64 + positions_done + pixels_done) * p.block_chunks * 16;
     for (int segments = 1; segments <= std::min(p.steps, 8); ++segments) {
       const int segment_steps = ceil_div(p.steps, segments);
       if (ceil_div(p.steps, segment_steps) != segments) continue;
@@ -154,8 +156,11 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   lay_out(width, best_streams);
   p.in_row = int64_t{2} * p.in_w * p.C, p.in_image = p.in_row * p.in_h;
   p.out_row = int64_t{2} * p.out_w * p.C, p.out_image = p.out_row * p.out_h;
-  p.pitch_magic = magic(p.pitch);
-  p.stream_magic = magic(p.units * kUnit * out_stride(g));
+  p.in_magic = p.strips == 1 ? magic(p.in_w) : 0;
+  p.out_magic = p.strips == 1 ? magic(p.out_w) : 0;
+  p.stream_magic = magic(p.streams);
+  p.walk_magic = magic(int64_t{p.strips} * p.segments);
+  p.strip_magic = magic(p.strips);
   p.unit_magic = magic(p.units);
   p.group_magic = magic(p.D);
   p.row_magic = magic(std::max(1, p.D * 9 / 8));
