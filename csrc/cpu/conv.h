@@ -44,7 +44,7 @@ struct Staged {
   }
 };
 
-// value(element offset, channel, lanes) gives the vector at a pixel inside the (H, W, C) image.
+// value(channel, lanes)(element offset) gives the vector at a pixel inside the (H, W, C) image.
 template <class F>
 RK_INLINE void stage(const Staged& to, int64_t H, int64_t W, int64_t C, int64_t channel, int64_t channels, F&& value) {
   const Window& w = to.window;
@@ -56,30 +56,31 @@ RK_INLINE void stage(const Staged& to, int64_t H, int64_t W, int64_t C, int64_t 
         continue;
       }
       const int64_t at = ((w.n * H + row) * W + column) * C + channel;
-      for_channels(channels, [&](int64_t c, auto lanes) { store(pixel + c, value(at + c, channel + c, lanes)); });
+      for_channels(channels, [&](int64_t c, auto lanes) { store(pixel + c, value(channel + c, lanes)(at + c)); });
     }
   }
 }
 
-// f(value) with what gives the operand's vectors: a from x, dz from dy and z.
+// f(value) with what gives the operand's vectors, a from x or dz from dy and z: value(channel, lanes)(element offset).
 template <class T, class F>
 RK_INLINE void with_activation(const T* x, Affine prologue, F&& f) {
   if (prologue.scale)
-    f([=](int64_t at, int64_t c, auto lanes)
-          RK_INLINE_LAMBDA { return relu(apply(prologue, c, load(x + at, lanes), lanes)); });
+    f([=](int64_t c, auto lanes) RK_INLINE_LAMBDA {
+      const Vec scale = load(prologue.scale + c, lanes), shift = load(prologue.shift + c, lanes);
+      return [=](int64_t at) RK_INLINE_LAMBDA { return relu(load(x + at, lanes) * scale + shift); };
+    });
   else
-    f([=](int64_t at, int64_t, auto lanes) RK_INLINE_LAMBDA { return load(x + at, lanes); });
+    f([=](int64_t, auto lanes)
+          RK_INLINE_LAMBDA { return [=](int64_t at) RK_INLINE_LAMBDA { return load(x + at, lanes); }; });
 }
 template <class T, class F>
 RK_INLINE void with_gradient(const ReluBNGradient& gradient, F&& f) {
   if (!gradient.z)
-    f([&](int64_t at, int64_t, auto lanes) RK_INLINE_LAMBDA { return load((const T*)gradient.dy + at, lanes); });
+    with_activation((const T*)gradient.dy, {}, f);
   else if (gradient.y)
-    f([&](int64_t at, int64_t c, auto lanes)
-          RK_INLINE_LAMBDA { return input_gradient<T, true>(gradient, at, c, lanes); });
+    f([&](int64_t c, auto lanes) RK_INLINE_LAMBDA { return input_gradient<T, true>(gradient, c, lanes); });
   else
-    f([&](int64_t at, int64_t c, auto lanes)
-          RK_INLINE_LAMBDA { return input_gradient<T, false>(gradient, at, c, lanes); });
+    f([&](int64_t c, auto lanes) RK_INLINE_LAMBDA { return input_gradient<T, false>(gradient, c, lanes); });
 }
 
 template <class T>

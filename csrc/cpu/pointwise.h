@@ -66,12 +66,21 @@ RK_INLINE Vec masked_gradient(const ReluBNGradient& gradient, int64_t at, int64_
   return where_positive(apply(gradient.affine, c, z, lanes), dy);
 }
 
+// dz at one vector of channels as a function of the element's offset: what belongs to the channels is loaded once.
 template <class T, bool kMaskFromY, class I>
-RK_INLINE Vec input_gradient(const ReluBNGradient& gradient, int64_t at, int64_t c, I lanes) {
-  const Vec z = load((const T*)gradient.z + at, lanes);
-  const Vec g = masked_gradient<T, kMaskFromY>(gradient, at, c, z, lanes);
-  if (!gradient.b) return load(gradient.a + c, lanes) * g;
-  return load(gradient.a + c, lanes) * g + (load(gradient.b + c, lanes) * z + load(gradient.c + c, lanes));
+RK_INLINE auto input_gradient(const ReluBNGradient& gradient, int64_t c, I lanes) {
+  const T *const dy = (const T*)gradient.dy, *const z = (const T*)gradient.z, *const y = (const T*)gradient.y;
+  const bool frozen = !gradient.b;
+  Vec scale{}, shift{}, slope{}, offset{};
+  if (!kMaskFromY) scale = load(gradient.affine.scale + c, lanes), shift = load(gradient.affine.shift + c, lanes);
+  if (!frozen) slope = load(gradient.b + c, lanes), offset = load(gradient.c + c, lanes);
+  const Vec a = load(gradient.a + c, lanes);
+  return [=](int64_t at) RK_INLINE_LAMBDA {
+    const Vec value = load(z + at, lanes);
+    const Vec before = kMaskFromY ? load(y + at, lanes) : value * scale + shift;
+    const Vec g = where_positive(before, load(dy + at, lanes));
+    return frozen ? a * g : a * g + (slope * value + offset);
+  };
 }
 
 // ---- bands of rows
@@ -264,7 +273,7 @@ void bn_relu_input_gradient(int64_t M, int64_t C, const ReluBNGradient& gradient
         const int64_t at = row * C + c;
         prefetch_ahead((const T*)gradient.z + at);
         prefetch_ahead((const T*)gradient.dy + at);
-        write((T*)dz + at, input_gradient<T, kMaskFromY>(gradient, at, c, lanes), lanes, past_cache);
+        write((T*)dz + at, input_gradient<T, kMaskFromY>(gradient, c, lanes)(at), lanes, past_cache);
       });
     }
   });

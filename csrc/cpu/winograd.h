@@ -151,9 +151,10 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
         float* d = raw ? raw->at(row, slot, 0) : nullptr;
         const int64_t c = channel + block.out;
         const int64_t first = ((n * H + row) * W + column) * C + c;
+        const auto vector = value(c, lanes);
         const auto read = [&](int64_t q) RK_INLINE_LAMBDA {  // column q of the window
           if (column + q < 0 || column + q >= W) return Vec{};
-          const Vec v = value(first + q * C, c, lanes);
+          const Vec v = vector(first + q * C);
           return two ? permute(v, order) : v;
         };
         Vec d0 = read(-1), d1 = read(0);
@@ -378,22 +379,24 @@ struct WinogradPass {
       together = blocks_together(blocks, b);
       const auto& by_pairs = together > 1 ? tiles.wide : tiles.by_pairs;
       const float* weight = packed + b * blocks.din * 3 * kPairFloats;
+      const int64_t slot = slots.first(blocks, b);
+      Block block[kWide];
+      for (int64_t i = 0; i < together; ++i) block[i] = blocks.block(b + i, groups);
       for (int64_t row = out.row; row < out.row + out.rows; ++row) {
-        const int64_t first = max(row - 1, 0), last = min(row + 1, p.H - 1);
-        for (int64_t tile = 0; tile < tile_count; ++tile) {
-          const int64_t begin = tile * input.pairs / tile_count, end = (tile + 1) * input.pairs / tile_count;
-          RowTap taps[3];
-          for (int64_t from = first; from <= last; ++from)
-            taps[from - first] = {input.at(from, slots.first(blocks, b), begin),
-                                  weight + (from - row + 1) * blocks.din * kPairFloats};
+        const int64_t first = max(row - 1, 0), tap_count = min(row + 1, p.H - 1) - first + 1;
+        RowTap taps[3];  // moves along the row
+        for (int64_t t = 0; t < tap_count; ++t)
+          taps[t] = {input.at(first + t, slot, 0), weight + (first + t - row + 1) * blocks.din * kPairFloats};
+        for (int64_t tile = 0, begin = 0, end; tile < tile_count; ++tile, begin = end) {
+          end = tile + 1 == tile_count ? input.pairs : (tile + 1) * input.pairs / tile_count;
           const int64_t column = out.column + 2 * begin;
           const int64_t count = min(2 * (end - begin), out.columns - 2 * begin);
           ahead.fetch(together * quota);
           TileOut to[kWide];
-          for (int64_t i = 0; i < together; ++i)
-            to[i] = sink.target(blocks.block(b + i, groups), row, column, 1, count, values[i]);
-          by_pairs[end - begin](taps, (int)(last - first + 1), input.slot_floats(), blocks.din, index, to);
-          for (int64_t i = 0; i < together; ++i) sink.finish(b + i, blocks.block(b + i, groups), row, column, 1, to[i]);
+          for (int64_t i = 0; i < together; ++i) to[i] = sink.target(block[i], row, column, 1, count, values[i]);
+          by_pairs[end - begin](taps, (int)tap_count, input.slot_floats(), blocks.din, index, to);
+          for (int64_t i = 0; i < together; ++i) sink.finish(b + i, block[i], row, column, 1, to[i]);
+          for (RowTap& tap : taps) tap.input += (end - begin) * kPairFloats;
         }
       }
     }
