@@ -90,8 +90,6 @@ struct Pairs {
   static constexpr int64_t kFloats = kVectors * kLanes;
   int64_t slot_floats() const { return rows * pairs * kFloats; }
   int64_t floats() const { return slots * slot_floats(); }
-  // rows from `row` on that lie side by side in a slot
-  int64_t together(int64_t row) const { return rows - row % rows; }
   Pairs of(float* memory, int64_t slot_count, const Window& window) const {
     return {memory, rows, slot_count, ceil_div(window.columns, 2)};
   }
@@ -404,20 +402,30 @@ struct WinogradPass {
 };
 
 // ---- dweight, packed as [block][ky][ci][M0 M1 M2 M3][lane]
+// The rows `row` ... `row + rows - 1` of e with those of a that are `shift` further, as runs of pairs that lie side by
+// side in a slot of either.
+struct PairRuns {
+  struct Run {
+    int64_t a, e, count;  // in pairs from the start of a slot
+  };
+  Run runs[3];
+  int count = 0;
+
+  PairRuns(const Pairs<4>& a, const Pairs<4>& e, int64_t row, int64_t rows, int64_t shift) {
+    for (const int64_t end = row + rows; row < end;) {
+      const int64_t of_a = (row + shift) % a.rows, of_e = row % e.rows;
+      const int64_t n = min(end - row, min(a.rows - of_a, e.rows - of_e));
+      runs[count++] = {of_a * a.pairs, of_e * e.pairs, n * e.pairs};
+      row += n;
+    }
+  }
+};
+
 struct WinogradWeightArgs {
   const Pairs<4>&a, &e;
   const Pairs<2>& raw_e;
+  const PairRuns& runs;
   int64_t a_slot, e_slot, din;
-  int64_t row, rows, shift;  // of e; a's row is `shift` further
-
-  // f(row of e, number of pairs) for the runs of pairs that lie side by side in both.
-  template <class F>
-  RK_INLINE void for_runs(F&& f) const {
-    for (int64_t at = row, n; at < row + rows; at += n) {
-      n = min(row + rows - at, min(e.together(at), a.together(at + shift)));
-      f(at, n * a.pairs);
-    }
-  }
 };
 
 // Input channels ci ... ci + I - 1 and B blocks of a group, or one of two groups. K products at a time: 16 sums.
@@ -425,16 +433,20 @@ template <Access X, int I, int B, int K>
 void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
   static constexpr int order[4] = {0, 3, 1, 2};  // the first two multiply e itself
   const int64_t block_floats = 3 * args.din * kPairFloats;
+  const float* const first_v =
+      args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes * kSpread<X>;
 #pragma GCC unroll 4
   for (int first = 0; first < 4; first += K) {
     const bool raw = first < 2;
     const int64_t step = raw ? 2 * kLanes : kPairFloats;
     const int64_t slot_floats = raw ? args.raw_e.slot_floats() : args.e.slot_floats();
+    const float* const first_e = (raw ? args.raw_e.data : args.e.data) + args.e_slot * slot_floats;
     Vec acc[K][B][I] = {};
-    args.for_runs([&](int64_t row, int64_t pairs) RK_INLINE_LAMBDA {
-      const float* v = args.a.at(row + args.shift, args.a_slot + ci / kLanes, 0) + ci % kLanes * kSpread<X>;
-      const float* e = raw ? args.raw_e.at(row, args.e_slot, 0) : args.e.at(row, args.e_slot, 0);
-      for (; pairs > 0; --pairs, v += kPairFloats, e += step) {
+    for (int run = 0; run < args.runs.count; ++run) {
+      const PairRuns::Run& pairs = args.runs.runs[run];
+      const float* v = first_v + pairs.a * kPairFloats;
+      const float* e = first_e + pairs.e * step;
+      for (int64_t pair = 0; pair < pairs.count; ++pair, v += kPairFloats, e += step) {
         const float* const input = fresh(v);
 #pragma GCC unroll 2
         for (int k = 0; k < K; ++k) {
@@ -450,7 +462,7 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
           }
         }
       }
-    });
+    }
 #pragma GCC unroll 2
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
@@ -476,11 +488,12 @@ void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, 
   IVec lanes[I] = {};
   if (X == Access::lanes)
     for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
-  args.for_runs([&](int64_t row, int64_t pairs) RK_INLINE_LAMBDA {
-    const float* v = args.a.at(row + args.shift, args.a_slot, 0);
-    const float* s = args.e.at(row, args.e_slot, 0);
-    const float* d = args.raw_e.at(row, args.e_slot, 0);
-    for (; pairs > 0; --pairs, v += kPairFloats, s += kPairFloats, d += 2 * kLanes) {
+  for (int run = 0; run < args.runs.count; ++run) {
+    const PairRuns::Run& pairs = args.runs.runs[run];
+    const float* v = args.a.data + args.a_slot * args.a.slot_floats() + pairs.a * kPairFloats;
+    const float* s = args.e.data + args.e_slot * args.e.slot_floats() + pairs.e * kPairFloats;
+    const float* d = args.raw_e.data + args.e_slot * args.raw_e.slot_floats() + pairs.e * 2 * kLanes;
+    for (int64_t pair = 0; pair < pairs.count; ++pair, v += kPairFloats, s += kPairFloats, d += 2 * kLanes) {
       const Vec e[4] = {load(d), load(s + kLanes), load(s + 2 * kLanes), load(d + kLanes)};
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
@@ -489,7 +502,7 @@ void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, 
         for (int i = 0; i < I; ++i) acc[i][k] += value.at(i, lanes[i]) * e[k];
       }
     }
-  });
+  }
   dweight += ci * kPairFloats;
 #pragma GCC unroll 8
   for (int i = 0; i < I; ++i) {
@@ -511,13 +524,16 @@ inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blo
                                          int64_t lines) {
   const Access access = winograd_access(blocks);
   const int64_t quota = ceil_div(lines, 3 * blocks.count(groups));
+  const auto runs_of = [&](int64_t ky) {
+    const int64_t first = max(rows.row, 1 - ky), last = min(rows.row + rows.rows, p.H + 1 - ky);
+    return PairRuns(a, e, first, last - first, ky - 1);
+  };
+  const PairRuns runs[3] = {runs_of(0), runs_of(1), runs_of(2)};
   for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
     together = blocks_together(blocks, b);
     for (int64_t ky = 0; ky < 3; ++ky) {
-      const int64_t first = max(rows.row, 1 - ky), last = min(rows.row + rows.rows, p.H + 1 - ky);
       ahead.fetch(together * quota);
-      if (first >= last) continue;
-      const WinogradWeightArgs args{a, e, raw_e, slots.first(blocks, b), b, blocks.din, first, last - first, ky - 1};
+      const WinogradWeightArgs args{a, e, raw_e, runs[ky], slots.first(blocks, b), b, blocks.din};
       float* const to = dweight + (3 * b + ky) * blocks.din * kPairFloats;
       if (access == Access::broadcast && together > 1)
         winograd_weight_tiles<Access::broadcast, 16 / kWide, kWide, 1>(args, 0, to);
