@@ -36,6 +36,7 @@ F16, F32 = torch.float16, torch.float32
 REGIMES = {
     "d4": ConvProblem(32, 56, 56, 128, groups=32, dtype=F16),
     "d2": ConvProblem(32, 56, 56, 128, groups=64, dtype=F16),
+    "d3": ConvProblem(32, 56, 56, 96, groups=32, dtype=F16),
     "d8": ConvProblem(32, 28, 28, 256, groups=32, dtype=F16),
     "d14": ConvProblem(32, 56, 56, 112, groups=8, dtype=F16),
     "d16": ConvProblem(32, 14, 14, 512, groups=32, dtype=F16),
@@ -50,6 +51,7 @@ REGIMES = {
     "d32-stride2": ConvProblem(32, 14, 14, 1024, groups=32, stride=2, dtype=F16),
     "d24-stride2": ConvProblem(32, 28, 28, 96, groups=4, stride=2, dtype=F16),
     "d4-dilation2": ConvProblem(32, 56, 56, 128, groups=32, dilation=2, dtype=F16),
+    "d32-dilation2": ConvProblem(32, 14, 14, 1024, groups=32, dilation=2, dtype=F16),
     "d4-f32": ConvProblem(32, 56, 56, 128, groups=32, dtype=F32),
     "d4-stride2-f32": ConvProblem(32, 56, 56, 128, groups=32, stride=2, dtype=F32),
     "d16-f32": ConvProblem(32, 14, 14, 512, groups=32, dtype=F32),
@@ -93,7 +95,11 @@ def launches(p: ConvProblem) -> dict[str, TritonLaunch]:
     with record("eval:"):
         backend.conv_affine_relu(x, weight, v, v, residual=z, prologue=(u, u), **conv)
     with record("train:"):
+        backend.conv_stats(x, weight, prologue=(u, u), **conv)
+    with record("plain:"):
         backend.conv_stats(x, weight, **conv)
+    with record("plain dx:"):
+        backend.conv_backward(z, x, weight, **conv, need_dweight=False)
     with record(""):
         backend.batch_stats(z)
         backend.normalize_relu(z, v, v, residual=z, residual_affine=(v, v))
@@ -252,11 +258,12 @@ WIDTHS = [*range(1, 33), 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320]
 
 def table(arch: int | str) -> Iterator[tuple[torch.dtype, backend.Config]]:
     """What the table gives to each width, dtype, walk and source, with many groups."""
-    for d, dtype, by_rows, computed in itertools.product(
-        WIDTHS, (F16, F32), (False, True), (False, True)
+    sources = [(walk, source) for walk in (0, 1, 2) for source in ("x", "activation")]
+    for d, dtype, (walk, source) in itertools.product(
+        WIDTHS, (F16, F32), [*sources, (0, "dz"), (1, "dz")]
     ):
         groups = 64 if d > 1 else 512
-        yield dtype, backend._conv_config(d, d, groups, 56, by_rows, dtype, computed, arch)
+        yield dtype, backend._conv_config(d, d, groups, 56, walk, dtype, source, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -336,14 +343,20 @@ def test_shared_memory_is_bounded_by_the_configuration(
 def test_the_architecture_decides() -> None:
     """The reasons in the table, one by one."""
 
-    def config(arch: int | str, d: int, dtype: torch.dtype, computed: bool) -> backend.Config:
-        return backend._conv_config(d, d, 32, 56, True, dtype, computed, arch)
+    def config(
+        arch: int | str, d: int, dtype: torch.dtype, source: str, stride: int = 1
+    ) -> backend.Config:
+        return backend._conv_config(d, d, 32, 56, stride, dtype, source, arch)
 
-    assert [config(arch, 4, F16, False).unroll for arch in (80, 89, 90, 120)] == [2, 2, 1, 2]
-    assert [config(arch, 4, F16, True).block_p for arch in (80, "gfx942")] == [16, 32]
-    assert [config(arch, 14, F16, True).block_p for arch in (80, "gfx942")] == [16, 16]
-    assert [config(arch, 16, F32, False).block_p for arch in (80, 90)] == [16, 32]
-    assert [config(arch, 4, F32, False).src_width for arch in (80, "gfx90a")] == [8, 16]
+    for stride, source in itertools.product((1, 2), ("x", "activation")):
+        assert all(config(arch, 4, F16, source, stride).shifts for arch in NVIDIA)
+        assert not any(config(arch, 4, F16, source, stride).shifts for arch in AMD)
+    assert [config("gfx942", d, F16, "x").unroll for d in (2, 4)] == [2, 1]
+    assert [config("gfx942", d, F16, "dz").unroll for d in (2, 4)] == [1, 2]
+    assert [config(arch, 4, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 32]
+    assert [config(arch, 14, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 16]
+    assert [config(arch, 16, F32, "x").block_p for arch in (80, 90)] == [16, 32]
+    assert [config(arch, 4, F32, "x").src_width for arch in (80, "gfx90a")] == [8, 16]
     assert backend._shared_bytes(86) == 99 * 1024
     assert backend._shared_bytes(80) == 163 * 1024
     assert backend._shared_bytes(90) == 227 * 1024
