@@ -727,7 +727,7 @@ def _finish_row(
     count, odd, pivot, mean, m2,
 ):  # fmt: skip
     """Store a row of results (BLOCKS, P, 16), and add it to the statistics."""
-    odd += result * 0.0
+    odd += tl.sum(result * 0.0, 2)
     result = _join(result)
     _store_result(
         out_ptr, pixel[:, None] * C + channel[None, :], own[:, None] & ok[None, :], result,
@@ -840,7 +840,7 @@ def _conv_shift_kernel(
     zero = tl.zeros((BLOCKS, BLOCK_P, 16), tl.float32)
     upper = zero  # what rows above have given to the next rows of the output
     middle = zero
-    odd = zero  # NaN where a result was not finite
+    odd = tl.zeros((BLOCKS, BLOCK_P), tl.float32)  # NaN where a result was not finite
     pivot = tl.zeros((BLOCKS * 16,), tl.float32)
     mean = tl.zeros((BLOCK_P, BLOCKS * 16), tl.float32)
     m2 = mean
@@ -908,7 +908,7 @@ def _conv_shift_kernel(
             )  # fmt: skip
             _, pivot, mean, m2 = _finish_row(
                 out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, (n * H + h) * W + w,
-                DST_C, result, own, dst, dst_ok, h + 1 - first, result, pivot, mean, m2,
+                DST_C, result, own, dst, dst_ok, h + 1 - first, 0.0, pivot, mean, m2,
             )  # fmt: skip
     if partial_ptr is not None:
         program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
