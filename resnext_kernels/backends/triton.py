@@ -231,7 +231,8 @@ def _conv_config(
             # two warps to a group; with two stages both read x in conflict (6-fold in the model)
             return Config(1, 32, 32, 1, 16, rows, 1, 2, 1, shifts=True)
         if widest == 16 and tiles > 1 and not amd:
-            return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 2, shifts=True)
+            stages = 1 if pack > 4 else 2  # x of the next row takes registers
+            return Config(pack, src, dst, tiles, 16, rows, 1, tiles, stages, shifts=True)
     if by_rows and widest <= 16 and half:
         # weights stay with their warp; dz is made in registers, which leaves room for half as many
         # columns
