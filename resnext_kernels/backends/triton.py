@@ -192,8 +192,8 @@ def _pow2(n: int, low: int) -> int:
     return max(low, 1 << (n - 1).bit_length())
 
 
-# Rows that a program of `_conv_rows_kernel` walks at most: two more are loaded, so long walks are
-# cheap in traffic, but few programs leave the last wave of them half empty.
+# Rows that a program walks at most: one or two more are loaded, so long walks are cheap in traffic,
+# but few programs leave the last wave of them half empty.
 _ROWS = 14
 
 
@@ -260,7 +260,7 @@ def _conv_config(
 def _alternatives(config: Config, h: int, dtype: torch.dtype, arch: Arch) -> list[Config]:
     """What autotuning tries besides the table's choice: one step away from it in one respect,
     where that fits the shared memory."""
-    changes: list[dict[str, int]] = [{"stages": stages} for stages in (1, 2, 3, 4)]
+    changes: list[dict[str, Any]] = [{"stages": stages} for stages in (1, 2, 3, 4)]
     if not config.shifts:
         changes += [{"block_p": p} for p in (config.block_p // 2, config.block_p * 2) if p >= 16]
     if config.rows:
@@ -1132,6 +1132,7 @@ def _conv_backward_kernel(
                 dw_lower = ()
                 for kw in tl.static_range(3):
                     by = right if kw == 0 else (one if kw == 1 else left)
+                    # not `_copied`: in float16 D = 2 would spill on sm_80
                     moved = tl.dot(by, _turn(dz)).to(DTYPE)  # (BLOCKS, P, DOUT)
                     upper = tl.dot(moved, _turn(weights[kw]), upper)
                     middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
