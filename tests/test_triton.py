@@ -119,8 +119,8 @@ def compiled(launch: TritonLaunch, arch: int | str) -> Any:
 def resources(kernel: Any, arch: int | str) -> dict[str, int]:
     """Registers of a thread, and bytes (AMD: registers) of stack and spills.
 
-    NVIDIA: what ptxas says of the PTX, with the options that Triton gives it. AMD: what the
-    assembler wrote down; its scalar registers spill into lanes of vector registers.
+    NVIDIA: what the cubin says, where a spill takes a stack. AMD: what the assembler wrote down;
+    its scalar registers spill into lanes of vector registers.
     """
     if isinstance(arch, str):
         text = kernel.asm["amdgcn"]
@@ -131,35 +131,15 @@ def resources(kernel: Any, arch: int | str) -> dict[str, int]:
             "stack": found["private_segment_fixed_size"],
             "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
         }
-    nvidia = triton.knobs.nvidia
-    ptx: str = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        done = subprocess.run(
-            [
-                (nvidia.ptxas_blackwell if arch >= 100 else nvidia.ptxas).path,
-                *("-v", "-lineinfo", "--regAllocOptLevel=2"),
-                f"--gpu-name={re.findall(r'.target (sm_[0-9a-z]+)', ptx)[0]}",
-                *(source, "-o", source.with_suffix(".cubin")),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return ptxas_resources(done.stderr)
-
-
-def ptxas_resources(text: str) -> dict[str, int]:
-    """From `ptxas -v`, of one kernel."""
-    (stack, stores, loads) = map(
-        int,
-        re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
-        )[0],
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (registers, stack, local) = map(
+        int, re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)[0]
     )
-    registers = int(re.findall(r"Used (\d+) registers", text)[0])
-    return {"registers": registers, "stack": stack, "spills": stores + loads}
+    return {"registers": registers, "stack": stack + local, "spills": 0}
 
 
 MATRIX = {
@@ -240,15 +220,6 @@ def test_ieee_float32_has_no_matrix_instruction(
     for name, launch in launches(REGIMES["d4-f32"]).items():
         if "conv" in name or "dweight" in name:
             check_budget(name, launch, 80, 4, matrix=False)
-
-
-def test_ptxas_resources() -> None:
-    text = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
-ptxas info    : Function properties for k
-    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
-"""
-    assert ptxas_resources(text) == {"registers": 168, "stack": 16, "spills": 20}
 
 
 # The table ---------------------------------------------------------------------------------------
