@@ -26,8 +26,8 @@ TILES such tiles lie side by side in a program, one a warp: 64 channels of float
 line. They are loaded as one (BLOCK_P, TILES*16) tile and multiplied as TILES batched products.
 
 Of the convolution's kernels, which all reduce BatchNorm's statistics in their epilogue,
-`_conv_shift_kernel` (float16 and bfloat16; on NVIDIA D = 1, 2, 4, 8, 16, 32, strides 1 and 2, on
-AMD D = 32, stride 1) walks 16 columns, numbered over (n, w), down the image. It loads each x once,
+`_conv_shift_kernel` (float16 and bfloat16; on NVIDIA D = 4, 8, 16, 32, strides 1 and 2, on AMD
+D = 32, stride 1) walks 16 columns, numbered over (n, w), down the image. It loads each x once,
 with the halo of its programs, and computes its activation once. `_conv_rows_kernel` (stride 1, up
 to 16 channels: float32, AMD, other D, and dx where dz is made of dy and z) loads a row of x once
 for each column shift; its product with the three taps of that column is one dot with 4 tiles of
@@ -227,23 +227,29 @@ def _conv_config(
     if walk in (1, 2) and half and exact and src == dst and source != "dz":
         # Loaded, and made an activation, once: elsewhere that is what bounds the forward. Wider
         # than 16 columns the products that shift them would cost too much.
-        if widest == 32 and (walk == 1 or not amd):
+        # ptxas aims at six programs there, 168 registers a thread, and spills
+        spills = walk == 2 and source == "x" and arch in (100, 103)
+        if widest == 32 and not spills and (walk == 1 or not amd):
             # two warps to a group; with two stages both read x in conflict (6-fold in the model)
             return Config(1, 32, 32, 1, 16, rows, 1, 2, 1, shifts=True)
-        if widest == 16 and tiles > 1 and not amd:
-            stages = 1 if pack > 4 else 2  # x of the next row takes registers
-            return Config(pack, src, dst, tiles, 16, rows, 1, tiles, stages, shifts=True)
+        # D = 4, 8, 16
+        if widest == 16 and tiles == 4 and pack <= 4 and not amd:
+            return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 2, shifts=True)
     if by_rows and widest <= 16 and half:
         # weights stay with their warp; dz is made in registers, which leaves room for half as many
         # columns
-        if amd and pack > 4:
-            tiles = min(tiles, 2)  # groups one at a time: their masks are in the scalar registers
-        # a second row a turn takes registers that odd widths and, for two waves, AMD have not
-        once = not exact or tiles == 1 or (amd and (pack > 4 if computed else pack <= 4))
+        if pack > 4 and (amd or not exact):
+            # groups one at a time: their masks, on AMD in the scalar registers, or addresses spill
+            tiles = min(tiles, 2)
+        # a second row a turn takes registers that odd widths have not, nor two waves on AMD; of
+        # three programs, as ptxas aims at, each has 168
+        crowded = pack <= 4 and (amd or arch in (90, 100, 103))
+        once = not exact or tiles == 1 or (amd and pack > 4 if computed else crowded)
         # a row of x is 16 bytes for each of a wave's lanes, which are 64 on AMD
         p = 32 if amd and exact and pack <= 4 else 16
         stages = 1 if computed else 2
-        return Config(pack, src, dst, tiles, p, rows, 1 if once else 2, max(tiles, 2), stages)
+        warps = tiles if tiles > 1 else 4
+        return Config(pack, src, dst, tiles, p, rows, 1 if once else 2, warps, stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8. Without tensor cores 8 warps have too few registers.
         if _precision(dtype) == "ieee":
@@ -1810,6 +1816,8 @@ def _dweight(
     block_p, width = (32, config.tiles) if max(src, dst) <= 16 else (64 if half else 32, 1)
     if width > 1 and config.pack * max(din, dout) % 8:
         block_p = 16  # channels are loaded one at a time, by as many addresses
+        if isinstance(arch, str):
+            width = 1  # each with a mask
     if isinstance(arch, str):
         block_p = max(block_p // 2, 16)  # the masks of 64 lanes fill the scalar registers
     elif width > 1 and (arch >= 100 or _precision(x.dtype) == "ieee"):
