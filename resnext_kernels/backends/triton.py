@@ -247,8 +247,8 @@ def _conv_config(
         once = not exact or tiles == 1 or (amd and pack > 4 if computed else crowded)
         # a row of x is 16 bytes for each of a wave's lanes, which are 64 on AMD
         p = 32 if amd and exact and pack <= 4 else 16
-        stages = 1 if computed else 2
-        warps = tiles if tiles > 1 else 4
+        stages = 1 if computed or (crowded and tiles < 4) else 2
+        warps = tiles if tiles > 1 and (amd or exact) else 4  # two have too few registers
         return Config(pack, src, dst, tiles, p, rows, 1 if once else 2, warps, stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8. Without tensor cores 8 warps have too few registers.
