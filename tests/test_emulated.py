@@ -130,6 +130,9 @@ TRITON: list[tuple[Case, torch.dtype]] = [
     (Case(2, 128, 1, 1, groups=32), F16),
     (Case(2, 128, 9, 7, groups=32), F32),
     (Case(1, 112, 7, 7, groups=8, stride=2), F32),
+    (Case(1, 64, 7, 9, groups=4, stride=2), BF16),
+    (Case(2, 64, 9, 6, groups=2, stride=2), F16),
+    (Case(2, 8, 6, 5, groups=2), F16),
 ]
 
 

@@ -36,6 +36,7 @@ F16, F32 = torch.float16, torch.float32
 REGIMES = {
     "d4": ConvProblem(32, 56, 56, 128, groups=32, dtype=F16),
     "d2": ConvProblem(32, 56, 56, 128, groups=64, dtype=F16),
+    "d3": ConvProblem(32, 56, 56, 96, groups=32, dtype=F16),
     "d8": ConvProblem(32, 28, 28, 256, groups=32, dtype=F16),
     "d14": ConvProblem(32, 56, 56, 112, groups=8, dtype=F16),
     "d16": ConvProblem(32, 14, 14, 512, groups=32, dtype=F16),
@@ -50,6 +51,7 @@ REGIMES = {
     "d32-stride2": ConvProblem(32, 14, 14, 1024, groups=32, stride=2, dtype=F16),
     "d24-stride2": ConvProblem(32, 28, 28, 96, groups=4, stride=2, dtype=F16),
     "d4-dilation2": ConvProblem(32, 56, 56, 128, groups=32, dilation=2, dtype=F16),
+    "d32-dilation2": ConvProblem(32, 14, 14, 1024, groups=32, dilation=2, dtype=F16),
     "d4-f32": ConvProblem(32, 56, 56, 128, groups=32, dtype=F32),
     "d4-stride2-f32": ConvProblem(32, 56, 56, 128, groups=32, stride=2, dtype=F32),
     "d16-f32": ConvProblem(32, 14, 14, 512, groups=32, dtype=F32),
@@ -93,7 +95,11 @@ def launches(p: ConvProblem) -> dict[str, TritonLaunch]:
     with record("eval:"):
         backend.conv_affine_relu(x, weight, v, v, residual=z, prologue=(u, u), **conv)
     with record("train:"):
+        backend.conv_stats(x, weight, prologue=(u, u), **conv)
+    with record("plain:"):
         backend.conv_stats(x, weight, **conv)
+    with record("plain dx:"):
+        backend.conv_backward(z, x, weight, **conv, need_dweight=False)
     with record(""):
         backend.batch_stats(z)
         backend.normalize_relu(z, v, v, residual=z, residual_affine=(v, v))
@@ -113,8 +119,8 @@ def compiled(launch: TritonLaunch, arch: int | str) -> Any:
 def resources(kernel: Any, arch: int | str) -> dict[str, int]:
     """Registers of a thread, and bytes (AMD: registers) of stack and spills.
 
-    NVIDIA: what ptxas says of the PTX, with the options that Triton gives it. AMD: what the
-    assembler wrote down; its scalar registers spill into lanes of vector registers.
+    NVIDIA: what the cubin says, where a spill takes a stack. AMD: what the assembler wrote down;
+    its scalar registers spill into lanes of vector registers.
     """
     if isinstance(arch, str):
         text = kernel.asm["amdgcn"]
@@ -125,35 +131,15 @@ def resources(kernel: Any, arch: int | str) -> dict[str, int]:
             "stack": found["private_segment_fixed_size"],
             "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
         }
-    nvidia = triton.knobs.nvidia
-    ptx: str = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        done = subprocess.run(
-            [
-                (nvidia.ptxas_blackwell if arch >= 100 else nvidia.ptxas).path,
-                *("-v", "-lineinfo", "--regAllocOptLevel=2"),
-                f"--gpu-name={re.findall(r'.target (sm_[0-9a-z]+)', ptx)[0]}",
-                *(source, "-o", source.with_suffix(".cubin")),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return ptxas_resources(done.stderr)
-
-
-def ptxas_resources(text: str) -> dict[str, int]:
-    """From `ptxas -v`, of one kernel."""
-    (stack, stores, loads) = map(
-        int,
-        re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
-        )[0],
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (registers, stack, local) = map(
+        int, re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)[0]
     )
-    registers = int(re.findall(r"Used (\d+) registers", text)[0])
-    return {"registers": registers, "stack": stack, "spills": stores + loads}
+    return {"registers": registers, "stack": stack + local, "spills": 0}
 
 
 MATRIX = {
@@ -236,15 +222,6 @@ def test_ieee_float32_has_no_matrix_instruction(
             check_budget(name, launch, 80, 4, matrix=False)
 
 
-def test_ptxas_resources() -> None:
-    text = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
-ptxas info    : Function properties for k
-    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
-"""
-    assert ptxas_resources(text) == {"registers": 168, "stack": 16, "spills": 20}
-
-
 # The table ---------------------------------------------------------------------------------------
 
 WIDTHS = [*range(1, 33), 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320]
@@ -252,11 +229,12 @@ WIDTHS = [*range(1, 33), 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320]
 
 def table(arch: int | str) -> Iterator[tuple[torch.dtype, backend.Config]]:
     """What the table gives to each width, dtype, walk and source, with many groups."""
-    for d, dtype, by_rows, computed in itertools.product(
-        WIDTHS, (F16, F32), (False, True), (False, True)
+    sources = [(walk, source) for walk in (0, 1, 2) for source in ("x", "activation")]
+    for d, dtype, (walk, source) in itertools.product(
+        WIDTHS, (F16, F32), [*sources, (0, "dz"), (1, "dz")]
     ):
         groups = 64 if d > 1 else 512
-        yield dtype, backend._conv_config(d, d, groups, 56, by_rows, dtype, computed, arch)
+        yield dtype, backend._conv_config(d, d, groups, 56, walk, dtype, source, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -336,14 +314,20 @@ def test_shared_memory_is_bounded_by_the_configuration(
 def test_the_architecture_decides() -> None:
     """The reasons in the table, one by one."""
 
-    def config(arch: int | str, d: int, dtype: torch.dtype, computed: bool) -> backend.Config:
-        return backend._conv_config(d, d, 32, 56, True, dtype, computed, arch)
+    def config(
+        arch: int | str, d: int, dtype: torch.dtype, source: str, stride: int = 1
+    ) -> backend.Config:
+        return backend._conv_config(d, d, 32, 56, stride, dtype, source, arch)
 
-    assert [config(arch, 4, F16, False).unroll for arch in (80, 89, 90, 120)] == [2, 2, 1, 2]
-    assert [config(arch, 4, F16, True).block_p for arch in (80, "gfx942")] == [16, 32]
-    assert [config(arch, 14, F16, True).block_p for arch in (80, "gfx942")] == [16, 16]
-    assert [config(arch, 16, F32, False).block_p for arch in (80, 90)] == [16, 32]
-    assert [config(arch, 4, F32, False).src_width for arch in (80, "gfx90a")] == [8, 16]
+    for stride, source in itertools.product((1, 2), ("x", "activation")):
+        assert all(config(arch, 4, F16, source, stride).shifts for arch in NVIDIA)
+        assert not any(config(arch, 4, F16, source, stride).shifts for arch in AMD)
+    assert [config("gfx942", d, F16, "x").unroll for d in (2, 4)] == [2, 1]
+    assert [config("gfx942", d, F16, "dz").unroll for d in (2, 4)] == [1, 2]
+    assert [config(arch, 4, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 32]
+    assert [config(arch, 14, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 16]
+    assert [config(arch, 16, F32, "x").block_p for arch in (80, 90)] == [16, 32]
+    assert [config(arch, 4, F32, "x").src_width for arch in (80, "gfx90a")] == [8, 16]
     assert backend._shared_bytes(86) == 99 * 1024
     assert backend._shared_bytes(80) == 163 * 1024
     assert backend._shared_bytes(90) == 227 * 1024

@@ -25,17 +25,20 @@ packed with their neighbours into one block-diagonal tile, so that D = 4 wastes 
 TILES such tiles lie side by side in a program, one a warp: 64 channels of float16 are a 128-byte
 line. They are loaded as one (BLOCK_P, TILES*16) tile and multiplied as TILES batched products.
 
-`_conv_rows_kernel` (stride 1, groups up to 16 wide) walks BLOCK_P columns, numbered over (n, w),
-down the image. A row of x is loaded once for each column shift, its product with the three taps
-of that column is one dot with 4 tiles of columns (a power of two; the fourth is zero), and each
-quarter is added to one of the three output rows that the row feeds. `_conv_kernel` does the rest,
-a tap at a time. Both also compute dx, and reduce BatchNorm's statistics in their epilogue.
+Of the convolution's kernels, which all reduce BatchNorm's statistics in their epilogue,
+`_conv_shift_kernel` (float16 and bfloat16; on NVIDIA D = 4, 8, 16, 32, strides 1 and 2, on AMD
+D = 32, stride 1) walks 16 columns, numbered over (n, w), down the image. It loads each x once,
+with the halo of its programs, and computes its activation once. `_conv_rows_kernel` (stride 1, up
+to 16 channels: float32, AMD, other D, and dx where dz is made of dy and z) loads a row of x once
+for each column shift; its product with the three taps of that column is one dot with 4 tiles of
+columns (a power of two; the fourth is zero), and each quarter is added to one of the three output
+rows that the row feeds. `_conv_kernel` does the rest, a tap at a time. All three also make dx.
 
 `_conv_backward_kernel` (NVIDIA; float16 and bfloat16, D = 2, 4, 8, 16, 32, channels a multiple of
 32, stride 1, 2) makes dx and dweight of one reading of dy, z and x. A warp has a block of 16
 channels out by 16 in, walks 16 columns down the rows of dz, 14 of them its own, and keeps the
-weights and dweight, nine taps of each, in registers. Columns are shifted by products with matrices
-of zeros and ones, S:
+weights and dweight, nine taps of each, in registers. Like `_conv_shift_kernel` it shifts columns by
+products with matrices of zeros and ones, S:
 
     S_kw @ dz      (P, K)  @ W    -> rows h - 1, h, h + 1 of dx
     dz^T @ S_kw^T  (K, P)  @ x    -> dweight
@@ -43,8 +46,7 @@ of zeros and ones, S:
 Such a product is exact, and leaves its result in the registers where the next one wants its
 operand; for that reason images enter through a product with the identity matrix, turned. Each
 pixel goes through shared memory once. A zero times an infinite or NaN pixel would reach its
-neighbours: programs whose dweight is not finite compute everything again, without S.
-`_conv_shift_kernel` is the same for the forward of D = 32, stride 1.
+neighbours: programs whose result is not finite compute everything again, without S.
 
 Products accumulate in float32. Reductions over pixels go in two stages, a partial result a program
 and then their sum in a fixed order: no atomics, and the same bits from run to run. Statistics are
@@ -162,6 +164,7 @@ class Config:
             0: `_conv_kernel`.
         unroll: Rows in one turn of its loop, which share one load of the weights.
         warps, stages: Warps of a program; tiles of x under way in cp.async.
+        shifts: Whether it is `_conv_shift_kernel`'s, whose outer columns are its neighbours'.
     """
 
     pack: int
@@ -173,11 +176,7 @@ class Config:
     unroll: int
     warps: int
     stages: int
-
-    @property
-    def shifts(self) -> bool:
-        """Whether it is `_conv_shift_kernel`'s, whose outer two columns are its neighbours'."""
-        return self.rows > 0 and self.src_width == 32
+    shifts: bool = False
 
     def shared_bytes(self, itemsize: int) -> int:
         """The most shared memory that it takes: tiles under way, one in use, or the result."""
@@ -193,8 +192,8 @@ def _pow2(n: int, low: int) -> int:
     return max(low, 1 << (n - 1).bit_length())
 
 
-# Rows that a program of `_conv_rows_kernel` walks at most: two more are loaded, so long walks are
-# cheap in traffic, but few programs leave the last wave of them half empty.
+# Rows that a program walks at most: one or two more are loaded, so long walks are cheap in traffic,
+# but few programs leave the last wave of them half empty.
 _ROWS = 14
 
 
@@ -203,13 +202,18 @@ def _conv_config(
     dst_d: int,
     groups: int,
     h: int,
-    by_rows: bool,
+    walk: int,
     dtype: torch.dtype,
-    computed: bool,
+    source: str,
     arch: Arch,
 ) -> Config:
-    """The table. For src_d to dst_d channels a group; by_rows: stride and dilation are 1; computed:
-    what is multiplied is, from x or dz, and not just loaded."""
+    """The table. For src_d to dst_d channels a group, and h output rows.
+
+    walk: the stride at which programs may walk down the rows, 0 where they may not; source: "x",
+    "activation" or "dz", which the latter two are computed where they are loaded.
+    """
+    computed = source != "x"
+    by_rows = walk == 1
     amd = isinstance(arch, str)
     hopper = isinstance(arch, int) and arch >= 90
     half = dtype.itemsize == 2
@@ -220,24 +224,32 @@ def _conv_config(
     exact = pack * src_d == src and pack * dst_d == dst  # no column is padding
     tiles = min(max(64 // widest, 1), _pow2(triton.cdiv(groups, pack), 1))
     rows = triton.cdiv(h, triton.cdiv(h, _ROWS))
+    if walk in (1, 2) and half and exact and src == dst and source != "dz":
+        # Loaded, and made an activation, once: elsewhere that is what bounds the forward. Wider
+        # than 16 columns the products that shift them would cost too much.
+        # ptxas aims at six programs there, 168 registers a thread, and spills
+        spills = walk == 2 and source == "x" and arch in (100, 103)
+        if widest == 32 and not spills and (walk == 1 or not amd):
+            # two warps to a group; with two stages both read x in conflict (6-fold in the model)
+            return Config(1, 32, 32, 1, 16, rows, 1, 2, 1, shifts=True)
+        # D = 4, 8, 16
+        if widest == 16 and tiles == 4 and pack <= 4 and not amd:
+            return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 2, shifts=True)
     if by_rows and widest <= 16 and half:
-        # D = 4, 8, 16: weights stay with their warp; dz is made in registers, which leaves room for
-        # half as many columns
-        if amd and pack > 4:
-            tiles = min(tiles, 2)  # groups one at a time: their masks are in the scalar registers
-        once = not exact or tiles == 1 or (amd and pack > 4)
-        unroll, stages = (1 if once else 2, 1) if computed else (2, 2)
-        crowded = tiles == 1 or (pack <= 4 and (amd or arch in (90, 100, 103)))
-        if crowded and not computed:
-            # ptxas aims at three programs, 168 registers a thread, and spills; a row a turn needs
-            # 135, and some have room for four. On AMD it leaves room for two waves.
-            unroll = 1
+        # weights stay with their warp; dz is made in registers, which leaves room for half as many
+        # columns
+        if pack > 4 and (amd or not exact):
+            # groups one at a time: their masks, on AMD in the scalar registers, or addresses spill
+            tiles = min(tiles, 2)
+        # a second row a turn takes registers that odd widths have not, nor two waves on AMD; of
+        # three programs, as ptxas aims at, each has 168
+        crowded = pack <= 4 and (amd or arch in (90, 100, 103))
+        once = not exact or tiles == 1 or (amd and pack > 4 if computed else crowded)
         # a row of x is 16 bytes for each of a wave's lanes, which are 64 on AMD
         p = 32 if amd and exact and pack <= 4 else 16
-        return Config(pack, src, dst, tiles, p, rows, unroll, max(tiles, 2), stages)
-    if by_rows and widest == 32 and half and exact:
-        # D = 32: `_conv_shift_kernel`, two warps to a group
-        return Config(1, 32, 32, 1, 16, rows, 1, 2, 1)
+        stages = 1 if computed or (crowded and tiles < 4) else 2
+        warps = tiles if tiles > 1 and (amd or exact) else 4  # two have too few registers
+        return Config(pack, src, dst, tiles, p, rows, 1 if once else 2, warps, stages)
     if by_rows and widest == 8:
         # float32, D = 4, 8. Without tensor cores 8 warps have too few registers.
         if _precision(dtype) == "ieee":
@@ -247,18 +259,16 @@ def _conv_config(
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
     # float32 from sm_90 on: with 16, ptxas aims at six programs, and spills
-    p = 64 if half else (32 if hopper and widest > 8 else 16)
-    if half and (not exact or widest > 32 or (computed and widest > 16) or pack > 2):
-        # more registers go to addresses, to vectors, or to groups one at a time
-        p = 32
+    p = 32 if half or (hopper and widest > 8) else 16
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
 
 
 def _alternatives(config: Config, h: int, dtype: torch.dtype, arch: Arch) -> list[Config]:
     """What autotuning tries besides the table's choice: one step away from it in one respect,
     where that fits the shared memory."""
-    changes: list[dict[str, int]] = [{"stages": stages} for stages in (1, 2, 3, 4)]
-    changes += [{"block_p": p} for p in (config.block_p // 2, config.block_p * 2) if p >= 16]
+    changes: list[dict[str, Any]] = [{"stages": stages} for stages in (1, 2, 3, 4)]
+    if not config.shifts:
+        changes += [{"block_p": p} for p in (config.block_p // 2, config.block_p * 2) if p >= 16]
     if config.rows:
         changes += [{"unroll": unroll} for unroll in (1, 2) if not config.shifts]
         changes += [{"rows": triton.cdiv(h, triton.cdiv(h, rows))} for rows in (7, 28, 56)]
@@ -724,7 +734,7 @@ def _finish_row(
     count, odd, pivot, mean, m2,
 ):  # fmt: skip
     """Store a row of results (BLOCKS, P, 16), and add it to the statistics."""
-    odd += result * 0.0
+    odd += tl.sum(result * 0.0, 2)
     result = _join(result)
     _store_result(
         out_ptr, pixel[:, None] * C + channel[None, :], own[:, None] & ok[None, :], result,
@@ -735,108 +745,162 @@ def _finish_row(
             pivot = _pivot(result, own)
         relative = result - pivot[None, :]
         off = relative - mean
-        mean += off / count
+        mean += off * (1.0 / count)
         m2 += off * (relative - mean)
     return odd, pivot, mean, m2
+
+
+@_jit
+def _copied(a, b):
+    """a @ b, one of them of zeros and ones: exact, and in float16 without a conversion."""
+    if a.dtype == tl.float16:
+        product = tl.dot(a, b, out_dtype=tl.float16)
+    else:
+        product = tl.dot(a, b).to(a.dtype)
+    return product
+
+
+@_jit
+def _activation(
+    x_ptr, scale, shift, offset, pixel_ok, ok, one, TILES: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """(TILES*CHUNKS, channels in, P): x, or relu(scale*x + shift), CHUNKS times."""
+    WIDTH: tl.constexpr = 16 * CHUNKS
+    x = tl.load(x_ptr + offset, mask=pixel_ok[:, None] & ok[None, :], other=0.0)
+    P: tl.constexpr = x.shape[0]
+    if CHUNKS > 1:
+        x = tl.reshape(x, (P, TILES, 1, WIDTH))
+        x = tl.broadcast_to(x, (P, TILES, CHUNKS, WIDTH))
+        x = tl.reshape(x, (P, TILES * CHUNKS * WIDTH))
+    x = _turn(_split(x, TILES * CHUNKS))
+    if scale is None:
+        turned = _copied(x, _turn(one))
+    else:
+        turned = tl.dot(x, _turn(one)) * scale + shift
+        turned = tl.where(pixel_ok[None, None, :], _relu(turned), 0.0).to(x.dtype)
+    return turned
 
 
 @_jit
 def _conv_shift_kernel(
     x_ptr, in_scale_ptr, in_shift_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, out_ptr,
     partial_ptr,
-    N, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
-    DIN: tl.constexpr, DOUT: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
+    N, SRC_H, SRC_W, H, W, SRC_C, DST_C, K, rows, stride_k, stride_d, stride_tap,
+    DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
+    DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stride 1, groups of 32 channels. Programs: (groups / TILES, N*W / USED, H / rows).
+    """Strides 1 and 2. Programs: (tiles / TILES, N*W / USED, H / rows).
 
-    A warp makes 16 of a group's channels, for which it keeps the weights.
+    A warp makes 16 of a tile's channels, for which it keeps the weights. Of BLOCK_P = 16 columns
+    the first, with stride 1 also the last, are there for their neighbours.
     """
-    USED: tl.constexpr = BLOCK_P - 2
-    SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
-    DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
-    BLOCKS: tl.constexpr = 2 * TILES
+    USED: tl.constexpr = BLOCK_P - 2 if STRIDE == 1 else BLOCK_P - 1
+    CHUNKS: tl.constexpr = DST // 16
+    BLOCKS: tl.constexpr = TILES * CHUNKS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tile = tl.program_id(0) * TILES
-    src, src_ok = _columns(tile, 0, SRC_C, SRC_D, 1, 32, TILES)
-    dst, dst_ok = _columns(tile, 0, DST_C, DST_D, 1, 32, TILES)
+    src, src_ok = _columns(tile, 0, SRC_C, DIN, PACK, SRC, TILES)
+    dst, dst_ok = _columns(tile, 0, DST_C, DOUT, PACK, DST, TILES)
     position = tl.arange(0, BLOCK_P)
     one = (position[None, :] == position[:, None]).to(DTYPE)
     one = tl.broadcast_to(one[None, :, :], (BLOCKS, BLOCK_P, BLOCK_P))
-    one = tl.dot(one, one).to(DTYPE)
-    wide = tl.arange(0, 32)
-    one_wide = (wide[None, :] == wide[:, None]).to(DTYPE)
-    one_wide = tl.broadcast_to(one_wide[None, :, :], (BLOCKS, 32, 32))
-    block = tl.arange(0, BLOCKS)[:, None, None]
-    i = wide[None, :, None]
-    o = block % 2 * 16 + tl.arange(0, 16)[None, None, :]
-    in_group = (i < SRC_D) & (o < DST_D)
+    one = _copied(one, one)
+    i = tl.arange(0, SRC)[:, None]
+    f = tl.arange(0, TILES * DST)[None, :]
+    o = f % DST
+    in_group = i // DIN == o // DOUT  # as many in as out
     if TRANSPOSED:
-        i, o = o, i
-    k = (tile + block // 2) * DOUT + o
-    weights = ()  # (BLOCKS, 16 channels of the result, 32 of x)
+        k = (tile + f // DST) * SRC + i
+        d = o % DIN
+    else:
+        k = tile * DST + f
+        d = i % DIN
+    weights = ()  # (BLOCKS, 16 channels out, all in)
     for tap in tl.static_range(9):
         at = (8 - tap if TRANSPOSED else tap) * stride_tap
-        at += k.to(tl.int64) * stride_k + i * stride_d
+        at += k.to(tl.int64) * stride_k + d * stride_d
         weight = tl.load(w_ptr + at, mask=in_group & (k < K), other=0.0)
-        weights += (tl.dot(_turn(weight), one_wide).to(DTYPE),)
+        weights += (_copied(one, _turn(_split(weight, BLOCKS))),)
     scale = None
     shift = None
     if in_scale_ptr is not None:
-        c = tl.arange(0, 32)[None, :, None]
-        channel = (tile + block // 2) * SRC_D + c
-        channel_ok = (c < SRC_D) & (channel < SRC_C)
-        scale = tl.load(in_scale_ptr + channel, mask=channel_ok, other=0.0)
-        shift = tl.load(in_shift_ptr + channel, mask=channel_ok, other=0.0)
+        block = tl.arange(0, BLOCKS)[:, None, None]
+        channel = (tile + block // CHUNKS) * SRC + tl.arange(0, SRC)[None, :, None]
+        scale = tl.load(in_scale_ptr + channel, mask=channel < SRC_C, other=0.0)
+        shift = tl.load(in_shift_ptr + channel, mask=channel < SRC_C, other=0.0)
     column = tl.program_id(1) * USED - 1 + position
     own = (column < N * W) & (position > 0) & (position <= USED)
     n = (column // W).to(tl.int64)
     w = column % W
+    # the columns at both ends are the neighbours' own
     inside = own | ((position == 0) & (column >= 0) & (w + 1 < W))
-    inside |= (position == USED + 1) & (column < N * W) & (w > 0)
+    if STRIDE == 1:
+        inside |= (position == USED + 1) & (column < N * W) & (w > 0)
+        right = _shift(w + 1 < W, 1, one)
+    else:
+        inside &= 2 * w + 1 < SRC_W
     left = _shift(w > 0, -1, one)
-    right = _shift(w + 1 < W, 1, one)
 
     first = tl.program_id(2) * rows
     last = tl.minimum(first + rows, H)  # output rows first to last - 1
     zero = tl.zeros((BLOCKS, BLOCK_P, 16), tl.float32)
-    upper = zero  # what rows above have given to output rows r - 1 and r
+    upper = zero  # what rows above have given to the next rows of the output
     middle = zero
-    odd = zero  # NaN where a result was not finite
+    odd = tl.zeros((BLOCKS, BLOCK_P), tl.float32)  # NaN where a result was not finite
     pivot = tl.zeros((BLOCKS * 16,), tl.float32)
     mean = tl.zeros((BLOCK_P, BLOCKS * 16), tl.float32)
     m2 = mean
-    for r in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, H)):
-        pixel = (n * H + r) * W + w
-        x = tl.load(
-            x_ptr + pixel[:, None] * SRC_C + src[None, :],
-            mask=inside[:, None] & src_ok[None, :], other=0.0,
-        )  # fmt: skip
-        x = tl.broadcast_to(tl.reshape(x, (BLOCK_P, TILES, 1, 32)), (BLOCK_P, TILES, 2, 32))
-        x = _turn(_split(tl.reshape(x, (BLOCK_P, BLOCKS * 32)), BLOCKS))  # (BLOCKS, 32, P)
-        x = tl.dot(x, _turn(one))
-        if in_scale_ptr is not None:
-            x = tl.where(inside[None, None, :], _relu(x * scale + shift), 0.0)
-        x = x.to(DTYPE)
+    # a turn takes row r of x; with stride 2 rows 2*r, 2*r + 1, and of them even and odd columns
+    for r in range(tl.maximum(first - 1, 0), tl.minimum(last + 2 - STRIDE, H)):
+        pixel = (n * SRC_H + STRIDE * r) * SRC_W + STRIDE * w
         lower = zero
-        for kw in tl.static_range(3):
-            by = left if kw == 0 else (one if kw == 1 else right)
-            moved = tl.dot(by, _turn(x)).to(DTYPE)  # (BLOCKS, P, 32)
-            upper = tl.dot(moved, _turn(weights[6 + kw]), upper)
-            middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
-            lower = tl.dot(moved, _turn(weights[kw]), lower)
-        if r > first:
-            odd, pivot, mean, m2 = _finish_row(
-                out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, pixel - W, DST_C,
-                upper, own, dst, dst_ok, r - first, odd, pivot, mean, m2,
+        if STRIDE == 1:
+            x = _activation(
+                x_ptr, scale, shift, pixel[:, None] * SRC_C + src[None, :], inside, src_ok, one,
+                TILES, CHUNKS,
             )  # fmt: skip
-        upper = middle
-        middle = lower
-    if last == H:
-        odd, pivot, mean, m2 = _finish_row(
-            out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, (n * H + H - 1) * W + w,
-            DST_C, upper, own, dst, dst_ok, H - first, odd, pivot, mean, m2,
-        )  # fmt: skip
+            for kw in tl.static_range(3):
+                by = left if kw == 0 else (one if kw == 1 else right)
+                moved = _copied(by, _turn(x))  # (BLOCKS, P, SRC)
+                upper = tl.dot(moved, _turn(weights[6 + kw]), upper)
+                middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
+                lower = tl.dot(moved, _turn(weights[kw]), lower)
+        else:
+            for kh in tl.static_range(1, 3):
+                row = pixel + (kh - 1) * SRC_W
+                row_ok = 2 * r + kh - 1 < SRC_H
+                x_even = _activation(
+                    x_ptr, scale, shift, row[:, None] * SRC_C + src[None, :], own & row_ok,
+                    src_ok, one, TILES, CHUNKS,
+                )  # fmt: skip
+                x_odd = _activation(
+                    x_ptr, scale, shift, (row + 1)[:, None] * SRC_C + src[None, :],
+                    inside & row_ok, src_ok, one, TILES, CHUNKS,
+                )  # fmt: skip
+                for kw in tl.static_range(3):
+                    x = x_even if kw == 1 else x_odd
+                    moved = _copied(left if kw == 0 else one, _turn(x))
+                    upper = tl.dot(moved, _turn(weights[3 * kh + kw]), upper)
+                    if kh == 2:
+                        lower = tl.dot(moved, _turn(weights[kw]), lower)
+        done = r if STRIDE == 2 else r - 1
+        if done >= first:
+            odd, pivot, mean, m2 = _finish_row(
+                out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, (n * H + done) * W + w,
+                DST_C, upper, own, dst, dst_ok, done + 1 - first, odd, pivot, mean, m2,
+            )  # fmt: skip
+        if STRIDE == 1:
+            upper = middle
+            middle = lower
+        else:
+            upper = lower
+    if STRIDE == 1:
+        if last == H:
+            odd, pivot, mean, m2 = _finish_row(
+                out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, (n * H + H - 1) * W + w,
+                DST_C, upper, own, dst, dst_ok, H - first, odd, pivot, mean, m2,
+            )  # fmt: skip
     if tl.max((odd != 0.0).to(tl.int32)) > 0:
         # an x that is not finite reached its neighbours
         tl.debug_barrier()  # what follows is written over what was written above
@@ -845,13 +909,13 @@ def _conv_shift_kernel(
         for h in range(first, last):
             result = _conv(
                 x_ptr, None, None, in_scale_ptr, in_shift_ptr, None, None, None, w_ptr,
-                H, W, SRC_C, K, stride_k, stride_d, stride_tap, 1, 1,
+                SRC_H, SRC_W, SRC_C, K, stride_k, stride_d, stride_tap, STRIDE, 1,
                 tile, 0, n, h + tl.zeros_like(w), w, own, 0, 0,
-                DIN, DOUT, 1, 32, 32, TILES, BLOCK_P, TRANSPOSED, False, PRECISION, False,
+                DIN, DOUT, PACK, SRC, DST, TILES, BLOCK_P, TRANSPOSED, False, PRECISION, PACK > 1,
             )  # fmt: skip
             _, pivot, mean, m2 = _finish_row(
                 out_ptr, partial_ptr, scale_ptr, shift_ptr, residual_ptr, (n * H + h) * W + w,
-                DST_C, result, own, dst, dst_ok, h + 1 - first, result, pivot, mean, m2,
+                DST_C, result, own, dst, dst_ok, h + 1 - first, 0.0, pivot, mean, m2,
             )  # fmt: skip
     if partial_ptr is not None:
         program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
@@ -1074,6 +1138,7 @@ def _conv_backward_kernel(
                 dw_lower = ()
                 for kw in tl.static_range(3):
                     by = right if kw == 0 else (one if kw == 1 else left)
+                    # not `_copied`: in float16 D = 2 would spill on sm_80
                     moved = tl.dot(by, _turn(dz)).to(DTYPE)  # (BLOCKS, P, DOUT)
                     upper = tl.dot(moved, _turn(weights[kw]), upper)
                     middle = tl.dot(moved, _turn(weights[3 + kw]), middle)
@@ -1444,11 +1509,12 @@ def _convolve(
     n, dst_c, h, w = out.shape
     _, src_c, src_h, src_w = x.shape
     src_d, dst_d = (dout, din) if transposed else (din, dout)
-    by_rows = stride == dilation == 1
     z, y, scale, shift, a, b, c = gradient
     if config is None:
         arch = _arch(x.device)
-        config = _conv_config(src_d, dst_d, groups, h, by_rows, x.dtype, scale is not None, arch)
+        walk = _walk(stride, dilation, transposed)
+        source = "dz" if z is not None else ("x" if scale is None else "activation")
+        config = _conv_config(src_d, dst_d, groups, h, walk, x.dtype, source, arch)
         if tuning.enabled(x.device):
             arguments: dict[str, Any] = {
                 "gradient": gradient,
@@ -1487,7 +1553,9 @@ def _convolve(
     }
     partial = None
     if config.rows:
-        columns = config.block_p - 2 if config.shifts else config.block_p
+        columns = config.block_p
+        if config.shifts:
+            columns -= 2 if stride == 1 else 1
         grid = (tiles, triton.cdiv(n * w, columns), triton.cdiv(h, config.rows))
     else:
         phases = stride if transposed else 1
@@ -1499,10 +1567,8 @@ def _convolve(
     if config.shifts:
         assert z is None
         tensors = (x, scale, shift, weight, *epilogue, out, partial)
-        for name in ("PACK", "SRC", "DST"):
-            del meta[name]
-        sizes: tuple[int, ...] = (n, h, w, src_c, dst_c, k, config.rows, *strides)
-        _launch(_conv_shift_kernel, grid, *tensors, *sizes, **meta)
+        sizes: tuple[int, ...] = (n, src_h, src_w, h, w, src_c, dst_c, k, config.rows, *strides)
+        _launch(_conv_shift_kernel, grid, *tensors, *sizes, STRIDE=stride, **meta)
     elif config.rows:
         tensors = (x, z, y, scale, shift, a, b, c, weight, *epilogue, out, partial, dz)
         sizes = (n, h, w, src_c, dst_c, k, config.rows)
@@ -1527,13 +1593,18 @@ def _described(*tensors: Tensor, **arguments: Any) -> dict[str, Any]:
     return described | {"tensors": plain(tensors), "precision": _precision(tensors[0].dtype)}
 
 
+def _walk(stride: int, dilation: int, transposed: bool) -> int:
+    """Of `_conv_config`. The rows that dx of a stride reads are not one below the other."""
+    return stride if dilation == 1 and (stride == 1 or not transposed) else 0
+
+
 def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
     """Whether dx is `_conv_rows_kernel`'s."""
     k, din = weight.shape[:2]
-    by_rows = stride == dilation == 1
+    walk = _walk(stride, dilation, True)
     arch = _arch(x.device)
-    config = _conv_config(k // groups, din, groups, x.shape[2], by_rows, x.dtype, True, arch)
-    return config.rows > 0 and not config.shifts
+    config = _conv_config(k // groups, din, groups, x.shape[2], walk, x.dtype, "dz", arch)
+    return config.rows > 0
 
 
 def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
@@ -1565,16 +1636,15 @@ def _blocks(z: Tensor) -> tuple[int, int, dict[str, int]]:
 def _merged(partial: Tensor) -> tuple[Tensor, Tensor]:
     splits, _, c = partial.shape
     mean, var = _vectors(partial[:, 0], 2)
+    # about 64 programs, so that it takes little time; 8 channels are a sector
+    block_c = max(8, _pow2(triton.cdiv(c, 64), 1))
+    block_s = max(16, min(_pow2(splits, 1), 2048 // block_c))
     _launch(
         _merge_statistics_kernel,
-        (triton.cdiv(c, 32),),
-        partial,
-        mean,
-        var,
-        splits,
-        c,
-        BLOCK_S=64,
-        BLOCK_C=32,
+        (triton.cdiv(c, block_c),),
+        *(partial, mean, var, splits, c),
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
         warps=4,
         stages=1,
     )
@@ -1737,7 +1807,7 @@ def _dweight(
     n, _, h, w = dy.shape
     _, c, x_h, x_w = x.shape
     arch = _arch(x.device)
-    config = _conv_config(din, dout, groups, h, False, x.dtype, True, arch)
+    config = _conv_config(din, dout, groups, h, 0, x.dtype, "dz", arch)
     src, dst = config.src_width, min(config.dst_width, 32)
     src_chunks = triton.cdiv(config.pack * din, src)
     dst_chunks = triton.cdiv(config.pack * dout, dst)
@@ -1746,6 +1816,8 @@ def _dweight(
     block_p, width = (32, config.tiles) if max(src, dst) <= 16 else (64 if half else 32, 1)
     if width > 1 and config.pack * max(din, dout) % 8:
         block_p = 16  # channels are loaded one at a time, by as many addresses
+        if isinstance(arch, str):
+            width = 1  # each with a mask
     if isinstance(arch, str):
         block_p = max(block_p // 2, 16)  # the masks of 64 lanes fill the scalar registers
     elif width > 1 and (arch >= 100 or _precision(x.dtype) == "ieee"):
