@@ -255,15 +255,16 @@ RK_INLINE void add_to_outputs(int i, Vec m, Vec& y0, Vec& y1) {
 }
 
 // B blocks of a group: an input value is broadcast once for all of them. One product at a time, which leaves registers
-// for the sums of all blocks; outputs wait in the first-level cache.
-template <int P, int B>
+// for the sums of all blocks, and of R whole rows where rows are short; outputs wait in the first-level cache. The
+// results of row r of block b go to to[b * R + r].
+template <int P, int B, int R>
 void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec*,
                         const TileOut* to) {
   const int64_t block_floats = 3 * din * kPairFloats;
-  Vec y[B][2 * P];
+  Vec y[B][R][2 * P];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    Vec m[B][P] = {};
+    Vec m[B][R * P] = {};
     for (int t = 0; t < tap_count; ++t) {
       const float* weight = taps[t].weight + i * kLanes;
       for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
@@ -271,8 +272,8 @@ void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
         Vec u[B];
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) u[b] = load(weight + b * block_floats);
-#pragma GCC unroll 8
-        for (int pair = 0; pair < P; ++pair) {
+#pragma GCC unroll 16
+        for (int pair = 0; pair < R * P; ++pair) {
           const Vec v = broadcast(input[pair * kPairFloats]);
 #pragma GCC unroll 4
           for (int b = 0; b < B; ++b) m[b][pair] += u[b] * v;
@@ -281,11 +282,16 @@ void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
     }
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b)
-#pragma GCC unroll 8
-      for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[b][pair], y[b][2 * pair], y[b][2 * pair + 1]);
+#pragma GCC unroll 16
+      for (int pair = 0; pair < R * P; ++pair) {
+        Vec* const outputs = y[b][pair / P] + 2 * (pair % P);
+        add_to_outputs(i, m[b][pair], outputs[0], outputs[1]);
+      }
   }
 #pragma GCC unroll 4
-  for (int b = 0; b < B; ++b) emit(to[b], y[b]);
+  for (int b = 0; b < B; ++b)
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) emit(to[b * R + r], y[b][r]);
 }
 
 // Several groups share the vector: V is read once and permuted in registers for every input channel. One product at a
@@ -317,15 +323,15 @@ void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t
   emit(to[0], y);
 }
 
-// A tile takes `kWide` blocks of a group where there are as many.
-constexpr int kWide = 2;
+// A tile takes `kWide` blocks of a group where there are as many, and then up to kRows rows of at most kShortRow pairs.
+constexpr int kWide = 2, kRows = 3, kShortRow = 4;
 inline int64_t blocks_together(const Blocks& blocks, int64_t block) {
   return blocks.blocks_per_group - block % blocks.blocks_per_group >= kWide ? kWide : 1;
 }
 
 using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*);
 struct WinogradTiles {
-  WinogradTile by_pairs[kPairs + 1], wide[kPairs + 1];
+  WinogradTile by_pairs[kPairs + 1], wide[kRows + 1][kPairs + 1];  // by rows and pairs
 };
 template <Access X, int P>
 constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
@@ -334,7 +340,13 @@ constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
       tiles.by_pairs[P] = winograd_tile<X, P>;
     else
       tiles.by_pairs[P] = winograd_permuting_tile<X, P>;
-    if constexpr (X == Access::broadcast) tiles.wide[P] = winograd_wide_tile<P, kWide>;
+    if constexpr (X == Access::broadcast) {
+      tiles.wide[1][P] = winograd_wide_tile<P, kWide, 1>;
+      if constexpr (P <= kShortRow) {
+        tiles.wide[2][P] = winograd_wide_tile<P, kWide, 2>;
+        tiles.wide[3][P] = winograd_wide_tile<P, kWide, 3>;
+      }
+    }
     fill_winograd_tiles<X, P - 1>(tiles);
   }
 }
@@ -370,17 +382,24 @@ struct WinogradPass {
   template <class S>
   RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, int64_t lines, const S& sink) const {
     const WinogradTiles& tiles = winograd_tiles(winograd_access(blocks));
-    alignas(64) float values[kWide][2 * kPairs * kLanes];
+    alignas(64) float values[kRows * kWide][2 * kPairs * kLanes];
     const int64_t tile_count = ceil_div(input.pairs, kPairs);
     const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows * tile_count);
     for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
       together = blocks_together(blocks, b);
-      const auto& by_pairs = together > 1 ? tiles.wide : tiles.by_pairs;
       const float* weight = packed + b * blocks.din * 3 * kPairFloats;
       const int64_t slot = slots.first(blocks, b);
       Block block[kWide];
       for (int64_t i = 0; i < together; ++i) block[i] = blocks.block(b + i, groups);
-      for (int64_t row = out.row; row < out.row + out.rows; ++row) {
+      for (int64_t row = out.row, rows; row < out.row + out.rows; row += rows) {
+        rows = 1;
+        if (together > 1 && input.pairs <= kShortRow && row > 0) {
+          // inner rows, which have all three taps, whose inputs lie side by side in the ring
+          const int64_t inner = min(out.row + out.rows, p.H - 1) - row,
+                        in_ring = input.rows - (row - 1) % input.rows - 2;
+          rows = max(1, min(kRows, min(inner, in_ring)));
+        }
+        const WinogradTile* const by_pairs = together > 1 ? tiles.wide[rows] : tiles.by_pairs;
         const int64_t first = max(row - 1, 0), tap_count = min(row + 1, p.H - 1) - first + 1;
         RowTap taps[3];  // moves along the row
         for (int64_t t = 0; t < tap_count; ++t)
@@ -389,11 +408,13 @@ struct WinogradPass {
           end = tile + 1 == tile_count ? input.pairs : (tile + 1) * input.pairs / tile_count;
           const int64_t column = out.column + 2 * begin;
           const int64_t count = min(2 * (end - begin), out.columns - 2 * begin);
-          ahead.fetch(together * quota);
-          TileOut to[kWide];
-          for (int64_t i = 0; i < together; ++i) to[i] = sink.target(block[i], row, column, 1, count, values[i]);
+          ahead.fetch(together * rows * quota);
+          TileOut to[kRows * kWide];
+          for (int64_t i = 0; i < together * rows; ++i)
+            to[i] = sink.target(block[i / rows], row + i % rows, column, 1, count, values[i]);
           by_pairs[end - begin](taps, (int)tap_count, input.slot_floats(), blocks.din, index, to);
-          for (int64_t i = 0; i < together; ++i) sink.finish(b + i, block[i], row, column, 1, to[i]);
+          for (int64_t i = 0; i < together * rows; ++i)
+            sink.finish(b + i / rows, block[i / rows], row + i % rows, column, 1, to[i]);
           for (RowTap& tap : taps) tap.input += (end - begin) * kPairFloats;
         }
       }
