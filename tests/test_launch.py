@@ -455,12 +455,12 @@ def convolution(
         launches.append(launch)
         timer.running = launch.meta["BLOCK_P"], launch.meta["stages"], launch.meta["warps"]
 
-    def call(h: int = 14, stride: int = 1) -> list[TritonLaunch]:
+    def call(h: int = 14, stride: int = 1, d: int = 2) -> list[TritonLaunch]:
         launches.clear()
         x = torch.empty(8, 128, h, 14, dtype=F16, device="meta")
         x = x.to(memory_format=torch.channels_last)
-        weight = torch.empty(128, 4, 3, 3, dtype=F16, device="meta")
-        backend.conv_stats(x, weight, groups=32, stride=stride, stats=False)
+        weight = torch.empty(128, d, 3, 3, dtype=F16, device="meta")
+        backend.conv_stats(x, weight, groups=128 // d, stride=stride, stats=False)
         return launches
 
     with triton_launches(run):
@@ -480,8 +480,10 @@ def test_convolutions_are_tuned(
     assert len(convolution()) == 1
     assert len(convolution(h=7)) > 1
     assert len(convolution(stride=2)) > 1
-    (key, *_) = (json.loads(path.read_text())["key"] for path in files())
-    assert key["source"] in (backend._conv_rows_kernel.cache_key, backend._conv_kernel.cache_key)
+    assert len(convolution(d=4)) > 1
+    kernels = backend._conv_rows_kernel, backend._conv_kernel, backend._conv_shift_kernel
+    sources = {json.loads(path.read_text())["key"]["source"] for path in files()}
+    assert sources == {kernel.cache_key for kernel in kernels}
 
 
 def test_convolutions_are_not_tuned_while_captured(

@@ -235,7 +235,9 @@ def _conv_config(
         # D = 4, 8, 16
         if widest == 16 and tiles == 4 and pack <= 4 and not amd:
             return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 2, shifts=True)
-    if by_rows and widest <= 16 and half:
+    # D = 3, five groups of a tile one at a time: where ptxas grants fewer registers, rows spill
+    crammed = pack > 4 and not exact and not amd and arch not in (90, 100, 103)
+    if by_rows and widest <= 16 and half and not crammed:
         # weights stay with their warp; dz is made in registers, which leaves room for half as many
         # columns
         if pack > 4 and (amd or not exact):
