@@ -29,7 +29,7 @@ constexpr int64_t kLongRow = 14;                 // from here on a row's work hi
 constexpr int64_t kWeightTileFloats = 4 * 1024;  // 16 KiB of a and dz, half of the first-level cache
 constexpr int kWeightInputs = kRegisters == 16 ? 4 : 8;  // input channels of a dweight tile, 3 accumulators each
 
-// ---- staging: a window of a chunk's channels as float32 [row][column][channel]
+// ---- staging: a window of a chunk's channels as float32, or pairs of bfloat16, [row][column][channel]
 struct Staged {
   float* data;
   Window window;
@@ -201,8 +201,8 @@ bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool trans
 
 // A chunk's blocks as pairs of input channels, from bfloat16: [block][pair][tap][lane]. `taps`: memory for a block.
 template <class T>
-void pack_pairs(const ConvProblem& p, const Blocks& blocks, int64_t group, int64_t groups, const T* weight, float* taps,
-                float* packed) {
+void pack_channel_pairs(const ConvProblem& p, const Blocks& blocks, int64_t group, int64_t groups, const T* weight,
+                        float* taps, float* packed) {
   for (int64_t b = 0; b < blocks.count(groups); ++b) {
     pack_block(p, blocks.block(b, groups), group, weight, taps);
     for (int64_t pair = 0; pair < blocks.din; ++pair) {
@@ -457,23 +457,17 @@ struct ForwardSink {
 enum class Form { direct, winograd, channel_pairs };
 
 // A problem whose input channels come in pairs, 32 bits each.
-inline ConvProblem in_pairs(ConvProblem p) {
+inline ConvProblem in_channel_pairs(ConvProblem p) {
   p.C /= 2;
   return p;
 }
-// Whether lanes mean the same output channels either way, which pack_pairs counts on.
-inline bool pairs_serve(const ConvProblem& p) {
-  return p.din() % 2 == 0 &&
-         Blocks(p.din() / 2, p.dout()).groups_per_block == Blocks(p.din(), p.dout()).groups_per_block;
-}
-
 // mean and var: of z's channels, unless null. False, with the results undefined, if it is Winograd's form and an
 // operand is not finite.
 template <class T, Form form>
 bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affine prologue, const Epilogue& epilogue,
                   void* out, float* mean, float* var, int num_threads) {
-  constexpr bool winograd = form == Form::winograd, pairs = form == Form::channel_pairs;
-  const ConvProblem source = pairs ? in_pairs(p) : p;  // as x is read
+  constexpr bool winograd = form == Form::winograd, channel_pairs = form == Form::channel_pairs;
+  const ConvProblem source = channel_pairs ? in_channel_pairs(p) : p;  // as x is read
   const Plan plan(source, num_threads, winograd ? 0 : 1);
   const Blocks blocks(source.din(), p.dout());
   const Slots slots(p.din(), p.dout(), plan.chunk_groups);
@@ -491,73 +485,74 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   double* const counts = m2s + plan.splits * p.K;
   bool finite = true;
 
-  for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool fresh) {
-    const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), channel = group * source.din();
-    IVec* index = (IVec*)scratch.mine();
-    BlockStatistics* statistics = (BlockStatistics*)(scratch.mine() + blocks.index_floats());
-    float* staged = scratch.mine() + blocks.index_floats() + statistics_floats;
-    float* packed = staged + stage_floats;
-    winograd ? fill_winograd_index(blocks, index) : blocks.fill_index(index);
+  for_items(
+      plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool new_chunk) {
+        const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), channel = group * source.din();
+        IVec* index = (IVec*)scratch.mine();
+        BlockStatistics* statistics = (BlockStatistics*)(scratch.mine() + blocks.index_floats());
+        float* staged = scratch.mine() + blocks.index_floats() + statistics_floats;
+        float* packed = staged + stage_floats;
+        fill_index(blocks, winograd, index);
 
-    ForwardSink<T> sink{p, epilogue, (T*)out, group * p.dout(), statistics, nullptr, nullptr, {}};
-    if (mean) {
-      sink.means = means + split * p.K + group * p.dout();
-      sink.m2s = m2s + split * p.K + group * p.dout();
-      for (int64_t k = 0; k < groups * p.dout(); ++k) sink.means[k] = sink.m2s[k] = 0;
-    }
-    sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), blocks, p.groups);
-    bool item_finite = true;
-    if (fresh && winograd)
-      item_finite = pack_winograd_weight(p, blocks, false, group, groups, (const T*)weight, staged, packed);
-    else if (fresh && pairs)
-      pack_pairs(p, blocks, group, groups, (const T*)weight, staged, packed);
-    else if (fresh)
-      pack_weight(p, blocks, false, group, groups, (const T*)weight, packed);
+        ForwardSink<T> sink{p, epilogue, (T*)out, group * p.dout(), statistics, nullptr, nullptr, {}};
+        if (mean) {
+          sink.means = means + split * p.K + group * p.dout();
+          sink.m2s = m2s + split * p.K + group * p.dout();
+          for (int64_t k = 0; k < groups * p.dout(); ++k) sink.means[k] = sink.m2s[k] = 0;
+        }
+        sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), blocks, p.groups);
+        bool item_finite = true;
+        if (new_chunk && winograd)
+          item_finite = pack_winograd_weight(p, blocks, false, group, groups, (const T*)weight, staged, packed);
+        else if (new_chunk && channel_pairs)
+          pack_channel_pairs(p, blocks, group, groups, (const T*)weight, staged, packed);
+        else if (new_chunk)
+          pack_weight(p, blocks, false, group, groups, (const T*)weight, packed);
 
-    for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
-      const Window window = sink.window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
-      if constexpr (winograd) {
-        const Slots item_slots(p.din(), p.dout(), groups);
-        const WinogradPass pass{p, blocks, item_slots, groups, packed, index};
-        const Pairs<4> v = shape.of(staged, item_slots.count, window);
-        with_activation((const T*)x, prologue, [&](auto value) {
-          for_steps(window, next, v.rows - 2, p.H, [&](const Window& rows, const Window& now, const Window& then) {
-            item_finite &= stage_pairs(v, nullptr, item_slots, groups, now, p.H, p.W, p.C, channel, value);
+        for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
+          const Window window = sink.window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
+          if constexpr (winograd) {
+            const Slots item_slots(p.din(), p.dout(), groups);
+            const WinogradPass pass{p, blocks, item_slots, groups, packed, index};
+            const Pairs<4> v = shape.of(staged, item_slots.count, window);
+            with_activation((const T*)x, prologue, [&](auto value) {
+              for_steps(window, next, v.rows - 2, p.H, [&](const Window& rows, const Window& now, const Window& then) {
+                item_finite &= stage_pairs(v, nullptr, item_slots, groups, now, p.H, p.W, p.C, channel, value);
+                Ahead ahead;
+                ahead.add((const T*)x, p.N, p.H, p.W, p.C, then, channel, groups * p.din());
+                pass.run(rows, v, ahead, ahead.lines, sink);
+              });
+            });
+          } else {
+            using Stored = std::conditional_t<channel_pairs, float, T>;  // a pair is moved as a float
+            const Access access = blocks.access();
+            const Tiles& tiles = channel_pairs ? pair_tiles_for(access, p.stride, p.dilation)
+                                               : tiles_for(access, false, p.stride, p.dilation);
+            const UnitPass pass{p, tiles, blocks, false, groups, packed, index};
+            const Staged input{staged, input_window(window, p), pixel};
+            stage_activation(input, source, channel, groups * source.din(), (const Stored*)x, prologue);
             Ahead ahead;
-            ahead.add((const T*)x, p.N, p.H, p.W, p.C, then, channel, groups * p.din());
-            pass.run(rows, v, ahead, ahead.lines, sink);
-          });
-        });
-      } else {
-        using Stored = std::conditional_t<pairs, float, T>;  // a pair is moved as a float
-        const Access access = blocks.access();
-        const Tiles& tiles =
-            pairs ? pair_tiles_for(access, p.stride, p.dilation) : tiles_for(access, false, p.stride, p.dilation);
-        const UnitPass pass{p, tiles, blocks, false, groups, packed, index};
-        const Staged input{staged, input_window(window, p), pixel};
-        stage_activation(input, source, channel, groups * source.din(), (const Stored*)x, prologue);
-        Ahead ahead;
-        ahead.add((const Stored*)x, p.N, p.H, p.W, source.C, input_window(next, p), channel, groups * source.din());
-        pass.run(window, input, ahead, sink);
-      }
-      sink.pixels += (double)(window.rows * window.columns);
-    }
-    if (mean && chunk == 0) counts[split] = sink.pixels;  // the same for every chunk
-    if (!item_finite) {
+            ahead.add((const Stored*)x, p.N, p.H, p.W, source.C, input_window(next, p), channel, groups * source.din());
+            pass.run(window, input, ahead, sink);
+          }
+          sink.pixels += (double)(window.rows * window.columns);
+        }
+        if (mean && chunk == 0) counts[split] = sink.pixels;  // the same for every chunk
+        if (!item_finite) {
 #pragma omp atomic write
-      finite = false;
-    }
-  });
+          finite = false;
+        }
+      });
   if (mean && finite) merge_statistics(plan.splits, p.K, counts, means, m2s, mean, var);
   return finite;
 }
 
-// `pairs`: bfloat16 without a prologue may be multiplied in pairs.
+// `channel_pairs`: bfloat16 without a prologue may be multiplied in pairs of channels.
 template <class T>
 void conv_forward(const ConvProblem& p, const void* x, const void* weight, Affine prologue, const Epilogue& epilogue,
-                  void* out, float* mean, float* var, int num_threads, bool pairs) {
+                  void* out, float* mean, float* var, int num_threads, bool channel_pairs) {
   if constexpr (kPairProducts && std::is_same<T, bf16>::value) {
-    if (pairs && !prologue.scale && pairs_serve(p)) {
+    if (channel_pairs && !prologue.scale && p.din() % 2 == 0) {
       conv_forward<T, Form::channel_pairs>(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
       return;
     }
@@ -572,14 +567,14 @@ void conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
 
 template <class T>
 void conv_affine_relu(const ConvProblem& p, const void* x, const void* weight, Affine affine, const void* residual,
-                      Affine prologue, void* y, int num_threads, bool pairs) {
-  conv_forward<T>(p, x, weight, prologue, Epilogue{affine, residual}, y, nullptr, nullptr, num_threads, pairs);
+                      Affine prologue, void* y, int num_threads, bool channel_pairs) {
+  conv_forward<T>(p, x, weight, prologue, Epilogue{affine, residual}, y, nullptr, nullptr, num_threads, channel_pairs);
 }
 
 template <class T>
 void conv_stats(const ConvProblem& p, const void* x, const void* weight, Affine prologue, void* z, float* mean,
-                float* var, int num_threads, bool pairs) {
-  conv_forward<T>(p, x, weight, prologue, Epilogue{}, z, mean, var, num_threads, pairs);
+                float* var, int num_threads, bool channel_pairs) {
+  conv_forward<T>(p, x, weight, prologue, Epilogue{}, z, mean, var, num_threads, channel_pairs);
 }
 
 // ---- backward for weight
@@ -775,79 +770,85 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
                         forward.index_floats() + backward.index_floats() + weight_floats + x_floats + z_floats);
   bool finite = true;
 
-  for_items(plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool fresh) {
-    const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk);
-    IVec* forward_index = (IVec*)scratch.mine();
-    IVec* backward_index = (IVec*)(scratch.mine() + forward.index_floats());
-    float* packed = scratch.mine() + forward.index_floats() + backward.index_floats();
-    float* x_staged = packed + weight_floats;
-    float* z_staged = x_staged + x_floats;
-    winograd ? fill_winograd_index(forward, forward_index) : forward.fill_index(forward_index);
-    winograd ? fill_winograd_index(backward, backward_index) : backward.fill_index(backward_index);
-    bool item_finite = true;
-    if (fresh && dx && winograd)
-      item_finite = pack_winograd_weight(p, backward, true, group, groups, (const T*)weight, z_staged, packed);
-    else if (fresh && dx)
-      pack_weight(p, backward, true, group, groups, (const T*)weight, packed);
-    float* chunk_dweight = nullptr;
-    if (dweight) {
-      chunk_dweight = scratch.shared + split * split_floats + chunk * dweight_floats;
-      for (int64_t i = 0; i < dweight_floats; ++i) chunk_dweight[i] = 0;
-    }
+  for_items(
+      plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool new_chunk) {
+        const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk);
+        IVec* forward_index = (IVec*)scratch.mine();
+        IVec* backward_index = (IVec*)(scratch.mine() + forward.index_floats());
+        float* packed = scratch.mine() + forward.index_floats() + backward.index_floats();
+        float* x_staged = packed + weight_floats;
+        float* z_staged = x_staged + x_floats;
+        fill_index(forward, winograd, forward_index);
+        fill_index(backward, winograd, backward_index);
+        bool item_finite = true;
+        if (new_chunk && dx && winograd)
+          item_finite = pack_winograd_weight(p, backward, true, group, groups, (const T*)weight, z_staged, packed);
+        else if (new_chunk && dx)
+          pack_weight(p, backward, true, group, groups, (const T*)weight, packed);
+        float* chunk_dweight = nullptr;
+        if (dweight) {
+          chunk_dweight = scratch.shared + split * split_floats + chunk * dweight_floats;
+          for (int64_t i = 0; i < dweight_floats; ++i) chunk_dweight[i] = 0;
+        }
 
-    const int64_t x_channel = group * p.din(), z_channel = group * p.dout();
-    const auto ahead_of = [&](const Window& z_window, const Window& x_window) {
-      Ahead ahead;
-      ahead.add((const T*)gradient.dy, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
-      ahead.add((const T*)gradient.z, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
-      ahead.add(dweight ? (const T*)x : nullptr, p.N, p.H, p.W, p.C, x_window, x_channel, groups * p.din());
-      return ahead;
-    };
-    InputGradientSink<T> sink{p, (T*)dx, x_channel, {}};
-    sink.past_cache = dx && streams_tiles((const T*)dx, p.N * p.H * p.W, backward, p.groups);
-    for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
-      const Window window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
-      const Window own = sink.window = own_window(window, p);
-      if constexpr (winograd) {
-        const Slots x_item(p.din(), p.dout(), groups), z_item(p.dout(), p.din(), groups);
-        const Pairs<4> e = z_shape.of(z_staged, z_item.count, window);
-        const Pairs<4> v = x_shape.of(x_staged, x_item.count, window);
-        const Pairs<2> raw_e = raw_shape.of(x_staged + x_shape.floats(), z_item.count, window);
-        const WinogradPass pass{p, backward, z_item, groups, packed, backward_index};
-        for_steps(window, next, e.rows - 2, p.H, [&](const Window& rows, const Window& now, const Window& then) {
-          with_gradient<T>(gradient, [&](auto value) {
-            item_finite &=
-                stage_pairs(e, dweight ? &raw_e : nullptr, z_item, groups, now, p.H, p.W, p.K, z_channel, value);
-          });
-          Ahead ahead = ahead_of(then, then);
-          const int64_t lines = dx && dweight ? ceil_div(ahead.lines, 2) : ahead.lines;  // during either
-          if (dx) pass.run(rows, e, ahead, lines, sink);
-          if (!dweight) return;
-          with_activation((const T*)x, prologue, [&](auto value) {
-            item_finite &= stage_pairs(v, nullptr, x_item, groups, now, p.H, p.W, p.C, x_channel, value);
-          });
-          add_winograd_weight_gradient(p, forward, x_item, groups, rows, v, e, raw_e, forward_index, chunk_dweight,
-                                       ahead, lines);
-        });
-        continue;
-      }
-      const Staged dz{z_staged, gradient_window(own, p), z_pixel};
-      stage_gradient<T>(dz, p, z_channel, groups * p.dout(), gradient);
-      Ahead ahead = ahead_of(gradient_window(own_window(next, p), p), input_window(next, p));
-      if (dx)
-        UnitPass{
-            p, tiles_for(backward.access(), true, p.stride, p.dilation), backward, true, groups, packed, backward_index}
-            .run(own, dz, ahead, sink);
-      if (!dweight) continue;
-      const Staged input{x_staged, input_window(window, p), x_pixel};
-      stage_activation(input, p, x_channel, groups * p.din(), (const T*)x, prologue);
-      add_weight_gradient(p, forward, groups, window, input, dz, forward_index, chunk_dweight);
-    }
-    if (!item_finite) {
+        const int64_t x_channel = group * p.din(), z_channel = group * p.dout();
+        const auto ahead_of = [&](const Window& z_window, const Window& x_window) {
+          Ahead ahead;
+          ahead.add((const T*)gradient.dy, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
+          ahead.add((const T*)gradient.z, p.N, p.out_h(), p.out_w(), p.K, z_window, z_channel, groups * p.dout());
+          ahead.add(dweight ? (const T*)x : nullptr, p.N, p.H, p.W, p.C, x_window, x_channel, groups * p.din());
+          return ahead;
+        };
+        InputGradientSink<T> sink{p, (T*)dx, x_channel, {}};
+        sink.past_cache = dx && streams_tiles((const T*)dx, p.N * p.H * p.W, backward, p.groups);
+        for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
+          const Window window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
+          const Window own = sink.window = own_window(window, p);
+          if constexpr (winograd) {
+            const Slots x_item(p.din(), p.dout(), groups), z_item(p.dout(), p.din(), groups);
+            const Pairs<4> e = z_shape.of(z_staged, z_item.count, window);
+            const Pairs<4> v = x_shape.of(x_staged, x_item.count, window);
+            const Pairs<2> raw_e = raw_shape.of(x_staged + x_shape.floats(), z_item.count, window);
+            const WinogradPass pass{p, backward, z_item, groups, packed, backward_index};
+            for_steps(window, next, e.rows - 2, p.H, [&](const Window& rows, const Window& now, const Window& then) {
+              with_gradient<T>(gradient, [&](auto value) {
+                item_finite &=
+                    stage_pairs(e, dweight ? &raw_e : nullptr, z_item, groups, now, p.H, p.W, p.K, z_channel, value);
+              });
+              Ahead ahead = ahead_of(then, then);
+              const int64_t lines = dx && dweight ? ceil_div(ahead.lines, 2) : ahead.lines;  // during either
+              if (dx) pass.run(rows, e, ahead, lines, sink);
+              if (!dweight) return;
+              with_activation((const T*)x, prologue, [&](auto value) {
+                item_finite &= stage_pairs(v, nullptr, x_item, groups, now, p.H, p.W, p.C, x_channel, value);
+              });
+              add_winograd_weight_gradient(p, forward, x_item, groups, rows, v, e, raw_e, forward_index, chunk_dweight,
+                                           ahead, lines);
+            });
+            continue;
+          }
+          const Staged dz{z_staged, gradient_window(own, p), z_pixel};
+          stage_gradient<T>(dz, p, z_channel, groups * p.dout(), gradient);
+          Ahead ahead = ahead_of(gradient_window(own_window(next, p), p), input_window(next, p));
+          if (dx)
+            UnitPass{p,
+                     tiles_for(backward.access(), true, p.stride, p.dilation),
+                     backward,
+                     true,
+                     groups,
+                     packed,
+                     backward_index}
+                .run(own, dz, ahead, sink);
+          if (!dweight) continue;
+          const Staged input{x_staged, input_window(window, p), x_pixel};
+          stage_activation(input, p, x_channel, groups * p.din(), (const T*)x, prologue);
+          add_weight_gradient(p, forward, groups, window, input, dz, forward_index, chunk_dweight);
+        }
+        if (!item_finite) {
 #pragma omp atomic write
-      finite = false;
-    }
-  });
+          finite = false;
+        }
+      });
   if (!dweight || !finite) return finite;
 
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1 && plan.chunks > 1)

@@ -1,7 +1,7 @@
 // Interface of the CPU kernels: one table of functions per instruction set.
 //
 // Tensors are dense NHWC, the weight is OIHW or OHWI, per-channel vectors are float32. `dtype` is the storage type of
-// tensors and weight; arithmetic is float32. A null pointer means "absent".
+// tensors and weight; sums are float32. A null pointer means "absent".
 #pragma once
 
 #include <cstddef>

@@ -31,19 +31,20 @@ bool supported_here() {
 #endif
 }
 
-template <bool pairs>
+template <bool channel_pairs>
 void conv_affine_relu_any(const ConvProblem& problem, const void* x, const void* weight, Affine affine,
                           const void* residual, Affine prologue, void* y, int num_threads) {
   with_dtype(problem.dtype, [&](auto t) {
-    conv_affine_relu<decltype(t)>(problem, x, weight, affine, residual, prologue, y, num_threads, pairs);
+    conv_affine_relu<decltype(t)>(problem, x, weight, affine, residual, prologue, y, num_threads, channel_pairs);
   });
 }
 
-template <bool pairs>
+template <bool channel_pairs>
 void conv_stats_any(const ConvProblem& problem, const void* x, const void* weight, Affine prologue, void* z,
                     float* mean, float* var, int num_threads) {
-  with_dtype(problem.dtype,
-             [&](auto t) { conv_stats<decltype(t)>(problem, x, weight, prologue, z, mean, var, num_threads, pairs); });
+  with_dtype(problem.dtype, [&](auto t) {
+    conv_stats<decltype(t)>(problem, x, weight, prologue, z, mean, var, num_threads, channel_pairs);
+  });
 }
 
 void conv_backward_any(const ConvProblem& problem, const ReluBNGradient& gradient, const void* x, Affine prologue,
@@ -90,14 +91,14 @@ void bn_relu_input_gradient_any(DType dtype, int64_t M, int64_t C, const ReluBNG
 
 namespace RK_ISA {
 namespace {
-// `pairs`: bfloat16 is multiplied in pairs.
-template <bool pairs>
+// `channel_pairs`: bfloat16 is multiplied in pairs.
+template <bool channel_pairs>
 constexpr Kernels table_of(const char* isa, bool (*supported)()) {
   return {
       isa,
       supported,
-      conv_affine_relu_any<pairs>,
-      conv_stats_any<pairs>,
+      conv_affine_relu_any<channel_pairs>,
+      conv_stats_any<channel_pairs>,
       conv_backward_any,
       conv1x1,
       conv1x1_backward,

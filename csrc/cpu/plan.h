@@ -204,8 +204,8 @@ struct Scratch {
   int64_t shared_floats_, thread_floats_;
 };
 
-// f(chunk, split, first unit, last unit, fresh) for every item; what it computes does not depend on the thread. As many
-// chunks as threads are under way at a time, so that a thread mostly stays with one; `fresh`: it had another before.
+// f(chunk, split, first unit, last unit, new_chunk) for every item; what it computes does not depend on the thread. As
+// many chunks as threads are under way at a time, so that a thread mostly stays with one; new_chunk: it had another.
 template <class F>
 void for_items(const Plan& plan, int num_threads, F f) {
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && plan.items() > 1)

@@ -8,7 +8,8 @@
 #include <utility>
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header, in _mm512_undefined_ps
+// both in GCC 12's own AVX-512 header, in _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #if defined(__x86_64__)

@@ -117,7 +117,7 @@ struct SpreadInput {
 // f(ci) for the din input channels of a group. Groups of four: bound and ci become constants, as permutations need.
 template <Access X, class F>
 RK_INLINE void for_inputs(int64_t din, F&& f) {
-  if (X == Access::quads || X == Access::octets) {  // of octets, four at a time
+  if (X == Access::quads) {
 #pragma GCC unroll 4
     for (int ci = 0; ci < 4; ++ci) f(ci);
   } else {

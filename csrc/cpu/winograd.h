@@ -32,11 +32,11 @@
 
 namespace resnext_kernels::cpu::RK_ISA {
 
-// Every FMA reads a value of its own, which only AVX-512 does for nothing: with 8 lanes and 16 registers the loads take
-// longer than what is saved.
+// Most FMAs read a value of their own, which only AVX-512 does for nothing: with 8 lanes and 16 registers the loads
+// take longer than what is saved.
 constexpr bool kWinograd = kLanes == 16;
 constexpr int kPairs = 7;                    // of a tile: four accumulators each
-constexpr int kPairInputs = 4;               // input channels of a dweight tile: four accumulators each
+constexpr int kPairInputs = 4;               // input channels of a permuting dweight tile: four accumulators each
 constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
 constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
@@ -59,9 +59,9 @@ inline IVec side_by_side(int64_t d) {
   for (int lane = 0; lane < 2 * d; ++lane) index[lane] = (int32_t)(lane < d ? 2 * lane : 2 * (lane - d) + 1);
   return index;
 }
-// What a tile of `blocks` needs: for two groups, how its results lie in memory.
-inline void fill_winograd_index(const Blocks& blocks, IVec* index) {
-  if (winograd_access(blocks) == Access::two)
+// What the tiles of `blocks` need: where an input channel is, or for two interleaved groups how results lie in memory.
+inline void fill_index(const Blocks& blocks, bool winograd, IVec* index) {
+  if (winograd && winograd_access(blocks) == Access::two)
     index[0] = side_by_side(blocks.dout);
   else
     blocks.fill_index(index);
@@ -415,7 +415,7 @@ struct WinogradPass {
           by_pairs[end - begin](taps, (int)tap_count, input.slot_floats(), blocks.din, index, to);
           for (int64_t i = 0; i < together * rows; ++i)
             sink.finish(b + i / rows, block[i / rows], row + i % rows, column, 1, to[i]);
-          for (RowTap& tap : taps) tap.input += (end - begin) * kPairFloats;
+          for (int64_t t = 0; t < tap_count; ++t) taps[t].input += (end - begin) * kPairFloats;
         }
       }
     }
