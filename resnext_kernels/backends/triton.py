@@ -259,8 +259,8 @@ def _conv_config(
     # Wide groups, strides, dilation: 32 channels in, up to 64 out at a time
     src, dst = min(src, 32), min(dst, 64)
     tiles = min(tiles, 64 // max(src, dst)) if widest <= 32 else 1
-    # float32 from sm_90 on: with 16, ptxas aims at six programs, and spills
-    p = 32 if half or (hopper and widest > 8) else 16
+    # float32: with 16, ptxas aims at six programs there, and spills
+    p = 32 if half or ((hopper or arch == 80) and widest > 8) else 16
     return Config(pack, src, dst, tiles, p, 0, 1, max(tiles, 4 if tiles == 1 else tiles), 2)
 
 
