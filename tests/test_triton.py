@@ -326,7 +326,7 @@ def test_the_architecture_decides() -> None:
     assert [config("gfx942", d, F16, "dz").unroll for d in (2, 4)] == [1, 2]
     assert [config(arch, 4, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 32]
     assert [config(arch, 14, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 16]
-    assert [config(arch, 16, F32, "x").block_p for arch in (80, 90)] == [16, 32]
+    assert [config(arch, 16, F32, "x").block_p for arch in (86, 90)] == [16, 32]
     assert [config(arch, 4, F32, "x").src_width for arch in (80, "gfx90a")] == [8, 16]
     assert backend._shared_bytes(86) == 99 * 1024
     assert backend._shared_bytes(80) == 163 * 1024
