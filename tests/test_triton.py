@@ -117,10 +117,10 @@ def compiled(launch: TritonLaunch, arch: int | str) -> Any:
 
 
 def resources(kernel: Any, arch: int | str) -> dict[str, int]:
-    """Registers of a thread, and bytes (AMD: registers) of stack and spills.
+    """Registers of a thread, bytes of its stack, and on AMD spilled registers.
 
-    NVIDIA: what the cubin says, where a spill takes a stack. AMD: what the assembler wrote down;
-    its scalar registers spill into lanes of vector registers.
+    NVIDIA: what the cubin says; registers spill to the stack there. AMD: what the assembler wrote
+    down; its scalar registers spill into lanes of vector registers.
     """
     if isinstance(arch, str):
         text = kernel.asm["amdgcn"]
@@ -139,7 +139,7 @@ def resources(kernel: Any, arch: int | str) -> dict[str, int]:
     (registers, stack, local) = map(
         int, re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)[0]
     )
-    return {"registers": registers, "stack": stack + local, "spills": 0}
+    return {"registers": registers, "stack": stack + local}
 
 
 MATRIX = {
@@ -160,8 +160,8 @@ def check_budget(
     kernel = compiled(launch, arch)
     used = resources(kernel, arch)
     where = f"{name} on {arch}: {used}, shared memory {kernel.metadata.shared}"
-    assert used["spills"] == 0, where
     assert used["stack"] == 0, where
+    assert arch not in AMD or used["spills"] == 0, where
     assert used["registers"] * 32 * launch.meta["warps"] * 2 <= 65536 or arch in AMD, where
     assert used["registers"] <= 256, where
     assert kernel.metadata.shared <= launch_limit(arch), where

@@ -461,6 +461,7 @@ inline ConvProblem in_channel_pairs(ConvProblem p) {
   p.C /= 2;
   return p;
 }
+
 // mean and var: of z's channels, unless null. False, with the results undefined, if it is Winograd's form and an
 // operand is not finite.
 template <class T, Form form>
@@ -475,6 +476,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   const int64_t pixel = staged_pixel(plan.chunk_groups * source.din());
   const Window largest = input_window({0, 0, plan.rows, 0, plan.columns}, p);
   const Pairs<4> shape = winograd ? pairs_for(plan, slots.count, kStepFloats) : Pairs<4>{};
+  // at least the taps of a block, which packing turns into another form
   const int64_t stage_floats = max(winograd ? shape.floats() : Staged::floats(largest, pixel), 9 * p.din() * kLanes);
   const int64_t weight_floats = blocks.count(plan.chunk_groups) * blocks.din * (winograd ? 12 : 9) * kLanes;
   const int64_t statistics_floats = mean ? blocks.count(plan.chunk_groups) * kStatisticsFloats : 0;

@@ -58,27 +58,29 @@ RK_INLINE Vec apply(Affine affine, int64_t c, Vec v, I lanes) {
   return v * load(affine.scale + c, lanes) + load(affine.shift + c, lanes);
 }
 
-// g at one vector of channels; `at` is the element's offset, `c` its channel.
+// g, and dz, at one vector of channels as functions of the element's offset (and z there): what belongs to the channels
+// is loaded once.
 template <class T, bool kMaskFromY, class I>
-RK_INLINE Vec masked_gradient(const ReluBNGradient& gradient, int64_t at, int64_t c, Vec z, I lanes) {
-  const Vec dy = load((const T*)gradient.dy + at, lanes);
-  if (kMaskFromY) return where_positive(load((const T*)gradient.y + at, lanes), dy);
-  return where_positive(apply(gradient.affine, c, z, lanes), dy);
+RK_INLINE auto masked_gradient(const ReluBNGradient& gradient, int64_t c, I lanes) {
+  const T *const dy = (const T*)gradient.dy, *const y = (const T*)gradient.y;
+  Vec scale{}, shift{};
+  if (!kMaskFromY) scale = load(gradient.affine.scale + c, lanes), shift = load(gradient.affine.shift + c, lanes);
+  return [=](int64_t at, Vec z) RK_INLINE_LAMBDA {
+    return where_positive(kMaskFromY ? load(y + at, lanes) : z * scale + shift, load(dy + at, lanes));
+  };
 }
 
-// dz at one vector of channels as a function of the element's offset: what belongs to the channels is loaded once.
 template <class T, bool kMaskFromY, class I>
 RK_INLINE auto input_gradient(const ReluBNGradient& gradient, int64_t c, I lanes) {
-  const T *const dy = (const T*)gradient.dy, *const z = (const T*)gradient.z, *const y = (const T*)gradient.y;
+  const auto masked = masked_gradient<T, kMaskFromY>(gradient, c, lanes);
+  const T* const z = (const T*)gradient.z;
   const bool frozen = !gradient.b;
-  Vec scale{}, shift{}, slope{}, offset{};
-  if (!kMaskFromY) scale = load(gradient.affine.scale + c, lanes), shift = load(gradient.affine.shift + c, lanes);
+  Vec slope{}, offset{};
   if (!frozen) slope = load(gradient.b + c, lanes), offset = load(gradient.c + c, lanes);
   const Vec a = load(gradient.a + c, lanes);
   return [=](int64_t at) RK_INLINE_LAMBDA {
     const Vec value = load(z + at, lanes);
-    const Vec before = kMaskFromY ? load(y + at, lanes) : value * scale + shift;
-    const Vec g = where_positive(before, load(dy + at, lanes));
+    const Vec g = masked(at, value);
     return frozen ? a * g : a * g + (slope * value + offset);
   };
 }
@@ -234,13 +236,14 @@ void bn_relu_backward(int64_t M, int64_t C, const ReluBNGradient& gradient, cons
         for_channels(C, [&](int64_t c, auto lanes) {
           Vec s = load(partial + c), s_centred = load(partial_centred + c);
           const Vec mu = load(mean + c, lanes);
+          const auto masked = masked_gradient<T, kMaskFromY>(gradient, c, lanes);
 #pragma GCC unroll 4
           for (int r = 0; r < n.rows; ++r) {
             const int64_t at = (row + r) * C + c;
             prefetch_ahead(z + at);
             prefetch_ahead((const T*)gradient.dy + at);
             const Vec v = load(z + at, lanes);
-            const Vec g = masked_gradient<T, kMaskFromY>(gradient, at, c, v, lanes);
+            const Vec g = masked(at, v);
             s += g;
             s_centred += g * (v - mu);
           }
