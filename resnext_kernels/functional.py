@@ -88,8 +88,14 @@ def _check_conv(
     dilation: int,
 ) -> int:
     """The output channels of `weight`, that of a grouped 3x3 convolution of the tensor `name`."""
-    for number, value in (("stride", stride), ("groups", groups), ("dilation", dilation)):
-        _check_int(number, value)
+    if not (
+        type(stride) is type(groups) is type(dilation) is int
+        and stride > 0
+        and groups > 0
+        and dilation > 0
+    ):
+        for number, value in (("stride", stride), ("groups", groups), ("dilation", dilation)):
+            _check_int(number, value)
     if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of {name}, got {groups}")
     shape = weight.shape
@@ -103,7 +109,10 @@ def _check_conv(
         raise ValueError(
             f"groups must divide the {out_channels} output channels of weight, got {groups}"
         )
-    _check_like("weight", weight, shape, name, x)
+    if weight.dtype is not x.dtype or (
+        not weight.is_cpu if x.is_cpu else weight.device != x.device
+    ):
+        _check_like("weight", weight, shape, name, x)
     return out_channels
 
 
@@ -116,15 +125,17 @@ def _check_1x1(name: str, weight: Tensor, channels: int, other: str, like: Tenso
 
 def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: int) -> None:
     """`bn` fits `channels` channels on z's device, and `count` values a channel if training."""
-    gamma, beta, running_mean, running_var, training, _, eps, group = bn
+    _, _, running_mean, running_var, training, _, eps, group = bn
     if not eps >= 0:
         raise ValueError(f"{name}eps must be at least 0, got {eps}")
-    shape, device = (channels,), z.device
-    for i, vector in enumerate((gamma, beta, running_mean, running_var)):
+    shape, on_cpu = (channels,), z.is_cpu
+    for i, vector in enumerate(bn[:4]):
         if vector is not None and (
-            vector.shape != shape or vector.device != device or not vector.is_floating_point()
+            vector.shape != shape
+            or not (vector.is_cpu if on_cpu else vector.device == z.device)
+            or not vector.is_floating_point()
         ):
-            raise _wrong_vector(f"{name}{bn._fields[i]}", vector, channels, device)
+            raise _wrong_vector(f"{name}{bn._fields[i]}", vector, channels, z.device)
     if (running_mean is None) != (running_var is None):
         raise ValueError(
             f"{name}running_mean and {name}running_var must both be tensors or both be None"
@@ -171,7 +182,7 @@ def _backend_of_both_passes(name: str) -> str:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has convolutions compute in; None where it leaves them alone."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type  # which takes longer to make
     if x.dtype is torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
@@ -212,13 +223,6 @@ def _operands(bn: BatchNormState | None, z: Tensor) -> tuple[Any, ...]:
 
 def _vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
-
-
-def _optional(residual: Tensor | None, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The last arguments of an operator in evaluation, as few as there are."""
-    if operands is ops.NO_BATCH_NORM:
-        return () if residual is None else (residual,)
-    return residual, *operands[:5]
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -400,7 +404,11 @@ def _conv_bn_relu(
     name: str,
 ) -> Tensor:
     """`conv_bn_relu` of arguments that are checked and cast."""
-    nhwc = any(_is_nhwc(t) for t in (x, weight, pointwise_weight) if t is not None)
+    nhwc = (
+        _is_nhwc(x)
+        or _is_nhwc(weight)
+        or (pointwise_weight is not None and _is_nhwc(pointwise_weight))
+    )
     in_training = input_bn is not None and input_bn.training
     operands, in_operands = _operands(bn, x), _operands(input_bn, x)
     if not (bn.training or in_training) and not _needs_gradient(
@@ -420,7 +428,8 @@ def _conv_bn_relu(
             groups,
             dilation,
             name,
-            *_optional(residual, in_operands),
+            residual,
+            *in_operands[:5],
         )
         if pointwise_weight is not None:
             y = ops.conv1x1(y, pointwise_weight, 1, name)
@@ -539,7 +548,7 @@ def _bn_relu(
     if not training and not _needs_gradient(
         z, bn.gamma, bn.beta, residual, *(() if residual_bn is None else residual_bn[:2])
     ):
-        y = ops.bn_relu_eval(z, *operands[:5], name, *_optional(residual, residual_operands))
+        y = ops.bn_relu_eval(z, *operands[:5], name, residual, *residual_operands[:5])
         return y if nhwc else y.contiguous()
     y, vectors, residual_vectors = ops.bn_relu(
         _nhwc(z),
@@ -592,7 +601,7 @@ def bn_relu_max_pool(
     operands = _operands(bn, z)
     pool = kernel_size, stride, padding, dilation, ceil_mode
     if not bn.training and not _needs_gradient(z, bn.gamma, bn.beta):
-        y = ops.bn_relu_eval(z, *operands[:5], name)
+        y = ops.bn_relu_eval(z, *operands[:5], name, None, *ops.NO_BATCH_NORM[:5])
         y = torch.max_pool2d(y, *pool)
     else:
         name = _backend_of_both_passes(name)
@@ -672,6 +681,7 @@ def bottleneck(
         pointwise_weight,
         *_operands(bn3, t)[:5],
         name,
-        *_optional(residual, _operands(residual_bn, t)),
+        residual,
+        *_operands(residual_bn, t)[:5],
     )
     return y if nhwc else y.contiguous()

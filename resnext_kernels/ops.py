@@ -28,7 +28,8 @@ between are recomputed. Gradients of gradients are taken from the same expressio
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import itemgetter, or_
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends
@@ -45,6 +47,7 @@ from .problem import weight_format
 __all__ = [
     "NO_BATCH_NORM",
     "BatchNorm",
+    "Operator",
     "bn_relu",
     "bn_relu_backward",
     "bn_relu_eval",
@@ -60,6 +63,10 @@ __all__ = [
 
 _NAMESPACE = "resnext_kernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")
+
+
+# What an implementation gives, None for what was not asked for.
+Results = tuple[Tensor | None, ...]
 
 
 class BatchNorm(NamedTuple):
@@ -86,60 +93,145 @@ def _schema_of_bn(prefix: str = "") -> str:
     return f"{vectors}, float? {prefix}eps, str {prefix}group"
 
 
-# In evaluation: a BatchNorm with running statistics, and a second one that may be left out. What is
-# left out is not passed through the dispatcher, which takes its time for every argument.
+# In evaluation: a BatchNorm with running statistics, and a second one that may be absent.
 _EVAL_BN = "Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps"
 
 
 def _schema_of_eval_bn(prefix: str) -> str:
-    vectors = (f"Tensor? {prefix}{name}=None, " for name in ("gamma", "beta", "mean", "var"))
-    return f"{''.join(vectors)}float? {prefix}eps=None"
+    vectors = ", ".join(f"Tensor? {prefix}{name}" for name in ("gamma", "beta", "mean", "var"))
+    return f"{vectors}, float? {prefix}eps"
 
 
-def _register(schema: str, implementation: Callable, fake: Callable) -> Any:
-    """The operator of this schema, for CPU and CUDA tensors."""
-    name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+# Calls ---------------------------------------------------------------------------------------
 
 
-def _register_autograd(op: Any, name: str, setup: Callable, backward: Callable) -> None:
-    """Make `op` differentiable; setup(ctx, inputs, output) and backward(ctx, *gradients).
-
-    As torch.library.register_autograd, which at each call converts every argument of the schema for
-    every argument of the schema: 0.1 ms and more for the twenty that a convolution has here.
-    """
-    below_autograd = torch._C._after_autograd_keyset
-
-    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op.redispatch(keyset & below_autograd, *inputs)
-        setup(ctx, inputs, output)
-        return output
-
-    def backward_with_keyset(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        if gradients[0] is None:
-            return (None,) * (1 + len(needs))
-        found = dict(backward(ctx, needs, gradients[0]))
-        return None, *(found[i] if need else None for i, need in enumerate(needs))
-
-    node: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keyset)},
+def _key_sets(*names: str) -> frozenset[int]:
+    """These sets of dispatch keys, each named by its keys with a space between, as bits."""
+    return frozenset(
+        reduce(or_, (DispatchKeySet(getattr(DispatchKey, key)) for key in keys.split())).raw_repr()
+        for keys in names
     )
 
-    def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return node.apply(keyset, *inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & below_autograd, *inputs)
 
-    _library.impl(op, kernel, "Autograd", with_keyset=True)
+# What an ordinary tensor and an ordinary thread bring to the dispatcher, the second of each in
+# inference mode.
+_ORDINARY_TENSORS = _key_sets(
+    "CPU AutogradCPU AutocastCPU ADInplaceOrView",
+    "CPU AutocastCPU",
+    "CUDA AutogradCUDA AutocastCUDA ADInplaceOrView",
+    "CUDA AutocastCUDA",
+)
+_ORDINARY_THREADS = _key_sets("BackendSelect ADInplaceOrView", "BackendSelect")
+_dispatch_keys, _thread_keys = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+
+
+def _is_ordinary(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether torch's dispatcher would lead a call with these tensors straight to our functions.
+
+    It would not with whatever has a dispatch key, of a tensor or of this thread: subclasses and
+    modes of __torch_dispatch__ (fake tensors, FlopCounterMode, tracing), torch.func, other devices
+    and layouts, lazy negation. Before it come __torch_function__ and the profiler.
+    """
+    if (
+        torch.overrides.has_torch_function(tensors)
+        or torch._C._autograd._profiler_enabled()
+        or _thread_keys().raw_repr() not in _ORDINARY_THREADS
+    ):
+        return False
+    for t in tensors:
+        if t is not None and _dispatch_keys(t).raw_repr() not in _ORDINARY_TENSORS:
+            return False
+    return True
+
+
+class Operator:
+    """An operator for CPU and CUDA tensors, registered with torch and called from here.
+
+    An ordinary call runs what the dispatcher would, without it: that takes as long as a small
+    convolution. Any other call goes through the dispatcher, as does `overload`, torch's own handle.
+    """
+
+    def __init__(self, schema: str, implementation: Callable, fake: Callable) -> None:
+        name = schema[: schema.index("(")]
+        tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
+        _library.define(schema, tags=tags)
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, _without_none(implementation), key)
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", _without_none(fake), lib=_library)
+        self.overload: Any = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        self._implementation = implementation
+        self._node: Any = None
+        arguments = enumerate(self.overload._schema.arguments)
+        self._tensors = itemgetter(*(i for i, a in arguments if "Tensor" in str(a.type)))
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_ordinary(self._tensors(args)):
+            return self.overload(*args)
+        if self._node is not None and self._needs_gradient(args):
+            return self._node.apply(None, *args)
+        return self._implementation(*args)
+
+    @staticmethod
+    def _needs_gradient(args: tuple) -> bool:
+        return (
+            torch.is_grad_enabled()
+            and torch._C._any_requires_grad(*args)
+            and not torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradOther)
+        )
+
+    def register_autograd(self, name: str, setup: Callable, backward: Callable) -> None:
+        """Make it differentiable; setup(ctx, inputs, output) and backward(ctx, *gradients).
+
+        As torch.library.register_autograd, which at each call converts every argument of the schema
+        for every argument of the schema: 0.1 ms and more for the twenty that a convolution has.
+        """
+        below_autograd = torch._C._after_autograd_keyset
+        overload, implementation = self.overload, self._implementation
+
+        def redispatch(keyset: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & below_autograd, *inputs)
+
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            output = implementation(*inputs) if keyset is None else redispatch(keyset, *inputs)
+            ctx.set_materialize_grads(False)
+            if isinstance(output, tuple):  # the first alone is differentiable
+                ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
+            setup(ctx, inputs, output)
+            return output
+
+        def backward_with_keyset(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            needs = ctx.needs_input_grad[1:]
+            if gradients[0] is None:
+                return (None,) * (1 + len(needs))
+            found = dict(backward(ctx, needs, gradients[0]))
+            return None, *(found[i] if need else None for i, need in enumerate(needs))
+
+        node: Any = type(
+            name,
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keyset)},
+        )
+
+        def kernel(keyset: Any, *inputs: Any) -> Any:
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+                return node.apply(keyset, *inputs)
+            return redispatch(keyset, *inputs)
+
+        _library.impl(overload, kernel, "Autograd", with_keyset=True)
+        self._node = node
+
+
+def _without_none(function: Callable) -> Callable:
+    """`function` as torch takes it: with an empty tensor for each result that is None."""
+
+    def kernel(first: Tensor, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        results = function(first, *args)
+        if isinstance(results, Tensor):
+            return results
+        return tuple(first.new_empty(0) if t is None else t for t in results)
+
+    return kernel
 
 
 # Shared steps --------------------------------------------------------------------------------
@@ -259,11 +351,6 @@ def _masked(dy: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-def _given(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
-    """The results, with an empty tensor for each that was not asked for."""
-    return tuple(like.new_empty(0) if t is None else t for t in results)
-
-
 # What fakes return ---------------------------------------------------------------------------
 
 
@@ -282,9 +369,17 @@ def _fake_conv(x: Tensor, channels: int, stride: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake_vectors(z: Tensor, bn: BatchNorm) -> Tensor:
+def _fake_vectors(z: Tensor, bn: BatchNorm) -> Tensor | None:
+    if bn.eps is None:
+        return None
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return z.new_empty((5, z.shape[1]) if bn.eps is not None else 0, dtype=dtype)
+    return z.new_empty((5, z.shape[1]), dtype=dtype)
+
+
+def _fake_affine(vectors: Tensor, z: Tensor, need: bool) -> Results:
+    """dgamma and dbeta of a BatchNorm of z."""
+    size = z.shape[1]
+    return (vectors.new_empty(size), vectors.new_empty(size)) if need else (None, None)
 
 
 # Gradients of gradients ----------------------------------------------------------------------
@@ -347,12 +442,12 @@ def _conv_bn_relu_eval(
     groups: int,
     dilation: int,
     backend: str,
-    residual: Tensor | None = None,
-    in_gamma: Tensor | None = None,
-    in_beta: Tensor | None = None,
-    in_mean: Tensor | None = None,
-    in_var: Tensor | None = None,
-    in_eps: float | None = None,
+    residual: Tensor | None,
+    in_gamma: Tensor | None,
+    in_beta: Tensor | None,
+    in_mean: Tensor | None,
+    in_var: Tensor | None,
+    in_eps: float | None,
 ) -> Tensor:
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, False, backend)
     in_bn = in_gamma, in_beta, in_mean, in_var, in_eps
@@ -368,9 +463,9 @@ def _conv_bn_relu_eval(
     )
 
 
-conv_bn_relu_eval = _register(
+conv_bn_relu_eval = Operator(
     f"conv_bn_relu_eval(Tensor x, Tensor weight, {_EVAL_BN}, int stride, int groups, int dilation, "
-    f"str backend, Tensor? residual=None, {_schema_of_eval_bn('in_')}) -> Tensor",
+    f"str backend, Tensor? residual, {_schema_of_eval_bn('in_')}) -> Tensor",
     _conv_bn_relu_eval,
     lambda x, weight, *args: _fake_conv(x, weight.shape[0], args[5]),
 )
@@ -384,12 +479,12 @@ def _bn_relu_eval(
     var: Tensor,
     eps: float,
     backend: str,
-    residual: Tensor | None = None,
-    residual_gamma: Tensor | None = None,
-    residual_beta: Tensor | None = None,
-    residual_mean: Tensor | None = None,
-    residual_var: Tensor | None = None,
-    residual_eps: float | None = None,
+    residual: Tensor | None,
+    residual_gamma: Tensor | None,
+    residual_beta: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    residual_eps: float | None,
     *,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -409,17 +504,17 @@ def _bn_relu_eval(
     )
 
 
-bn_relu_eval = _register(
-    f"bn_relu_eval(Tensor z, {_EVAL_BN}, str backend, Tensor? residual=None, "
+bn_relu_eval = Operator(
+    f"bn_relu_eval(Tensor z, {_EVAL_BN}, str backend, Tensor? residual, "
     f"{_schema_of_eval_bn('residual_')}) -> Tensor",
     _bn_relu_eval,
     lambda z, *_: _like_nhwc(z),
 )
 
 
-conv1x1_bn_relu_eval = _register(
+conv1x1_bn_relu_eval = Operator(
     f"conv1x1_bn_relu_eval(Tensor x, Tensor weight, {_EVAL_BN}, str backend, "
-    f"Tensor? residual=None, {_schema_of_eval_bn('residual_')}) -> Tensor",
+    f"Tensor? residual, {_schema_of_eval_bn('residual_')}) -> Tensor",
     lambda x, weight, *args: _bn_relu_eval(x, *args, weight=weight),
     lambda x, weight, *_: _fake_conv(x, weight.shape[0], 1),
 )
@@ -445,7 +540,7 @@ class _ConvBNReLU(NamedTuple):
         return cls(BatchNorm(*args[:6]), args[6], BatchNorm(*args[7:13]), *args[13:])
 
 
-def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> Results:
     bn, residual, in_bn, pointwise_weight, stride, groups, dilation, backend = _ConvBNReLU.of(args)
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
     x = _nhwc(x)
@@ -464,17 +559,17 @@ def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
         y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
     else:
         y = kernels.conv1x1(z, _dense(pointwise_weight), prologue=_affine(vectors))
-    return y, z, *_given(vectors, vectors, in_vectors)
+    return y, z, vectors, in_vectors
 
 
-def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *args: Any) -> Results:
     bn, _, in_bn, pointwise_weight, stride, *_ = _ConvBNReLU.of(args)
     z = _fake_conv(x, weight.shape[0], stride)
     y = _fake_conv(z, (weight if pointwise_weight is None else pointwise_weight).shape[0], 1)
     return y, z, _fake_vectors(z, bn), _fake_vectors(x, in_bn)
 
 
-conv_bn_relu = _register(
+conv_bn_relu = Operator(
     f"conv_bn_relu(Tensor x, Tensor weight, {_schema_of_bn()}, Tensor? residual, "
     f"{_schema_of_bn('in_')}, Tensor? pointwise_weight, int stride, int groups, int dilation, "
     "str backend) -> (Tensor y, Tensor z, Tensor vectors, Tensor in_vectors)",
@@ -501,7 +596,7 @@ def _conv_bn_relu_backward(
     in_group: str,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, ...]:
+) -> Results:
     need_x, need_weight, need_affine, need_residual, need_in_affine, need_pointwise = needs
     need_input = need_x or need_in_affine
     need_dz = need_input or need_weight
@@ -551,8 +646,7 @@ def _conv_bn_relu_backward(
                 kernels, din_beta, din_gamma, in_vectors, _count(x), in_training, in_group
             )
             dx = kernels.bn_relu_input_gradient(dx, x, scale, shift, *dz, inplace=True)
-    return _given(
-        x,
+    return (
         dx if need_x else None,
         dweight,
         *((dgamma, dbeta) if need_affine else (None, None)),
@@ -564,26 +658,21 @@ def _conv_bn_relu_backward(
 
 def _conv_bn_relu_backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor, vectors: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
+) -> Results:
     pointwise_weight, needs = args[2], args[-2]
     need_x, need_weight, need_affine, need_residual, need_in_affine, need_pointwise = needs
 
-    def affine(t: Tensor, need: bool) -> tuple[Tensor | None, Tensor | None]:
-        size = t.shape[1]
-        return (vectors.new_empty(size), vectors.new_empty(size)) if need else (None, None)
-
-    return _given(
-        x,
+    return (
         _like_nhwc(x) if need_x else None,
         _like_weight(weight) if need_weight else None,
-        *affine(z, need_affine),
+        *_fake_affine(vectors, z, need_affine),
         _like_nhwc(z) if need_residual else None,
-        *affine(x, need_in_affine),
+        *_fake_affine(vectors, x, need_in_affine),
         _like_weight(pointwise_weight) if need_pointwise else None,
     )
 
 
-conv_bn_relu_backward = _register(
+conv_bn_relu_backward = Operator(
     "conv_bn_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, Tensor vectors, "
     "Tensor? y, Tensor? in_vectors, Tensor? pointwise_weight, int stride, int groups, "
     "int dilation, bool training, str group, bool in_training, str in_group, bool[6] needs, "
@@ -598,8 +687,6 @@ def _conv_bn_relu_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> 
     x, weight, *args = inputs
     bn, residual, in_bn, pointwise_weight, *ctx.conv, ctx.backend = _ConvBNReLU.of(tuple(args))
     y, z, vectors, in_vectors = output
-    ctx.mark_non_differentiable(z, vectors, in_vectors)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x,
         weight,
@@ -673,13 +760,13 @@ def _conv_bn_relu_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any
     return zip(_CONV_BN_RELU_INPUTS, found, strict=True)
 
 
-_register_autograd(conv_bn_relu, "ConvBNReLU", _conv_bn_relu_setup, _conv_bn_relu_autograd)
+conv_bn_relu.register_autograd("ConvBNReLU", _conv_bn_relu_setup, _conv_bn_relu_autograd)
 
 
 # bn_relu: relu(bn(z) [+ residual | + residual_bn(residual)]) ----------------------------------
 
 
-def _bn_relu(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _bn_relu(z: Tensor, *args: Any) -> Results:
     bn, residual, residual_bn, backend = _bn_relu_arguments(args)
     kernels = _serving_bn(z, True, backend)
     z, residual = _nhwc(z), _maybe_nhwc(residual)
@@ -693,19 +780,19 @@ def _bn_relu(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
         residual=residual,
         residual_affine=None if residual_vectors is None else _affine(residual_vectors),
     )
-    return y, *_given(vectors, vectors, residual_vectors)
+    return y, vectors, residual_vectors
 
 
 def _bn_relu_arguments(args: Any) -> tuple[BatchNorm, Tensor | None, BatchNorm, str]:
     return BatchNorm(*args[:6]), args[6], BatchNorm(*args[7:13]), args[13]
 
 
-def _bn_relu_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _bn_relu_fake(z: Tensor, *args: Any) -> Results:
     bn, _, residual_bn, _ = _bn_relu_arguments(args)
     return _like_nhwc(z), _fake_vectors(z, bn), _fake_vectors(z, residual_bn)
 
 
-bn_relu = _register(
+bn_relu = Operator(
     f"bn_relu(Tensor z, {_schema_of_bn()}, Tensor? residual, {_schema_of_bn('residual_')}, "
     "str backend) -> (Tensor y, Tensor vectors, Tensor residual_vectors)",
     _bn_relu,
@@ -726,7 +813,7 @@ def _bn_relu_backward(
     residual_group: str,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, ...]:
+) -> Results:
     need_z, need_affine, need_residual, need_residual_affine = needs
     kernels = _serving_bn(z, True, backend)
     dz = dgamma = dbeta = dresidual = dresidual_gamma = dresidual_beta = None
@@ -761,8 +848,7 @@ def _bn_relu_backward(
             dresidual = kernels.bn_relu_input_gradient(
                 dresidual, residual, scale, shift, a, b, c, inplace=True
             )
-    return _given(
-        z,
+    return (
         dz,
         *((dgamma, dbeta) if need_affine else (None, None)),
         dresidual if need_residual else None,
@@ -773,21 +859,15 @@ def _bn_relu_backward(
 def _bn_relu_backward_fake(dy: Tensor, z: Tensor, vectors: Tensor, *args: Any) -> Any:
     need_z, need_affine, need_residual, need_residual_affine = args[-2]
 
-    def affine(need: bool) -> tuple[Tensor | None, Tensor | None]:
-        return (
-            (vectors.new_empty(z.shape[1]), vectors.new_empty(z.shape[1])) if need else (None,) * 2
-        )
-
-    return _given(
-        z,
+    return (
         _like_nhwc(z) if need_z else None,
-        *affine(need_affine),
+        *_fake_affine(vectors, z, need_affine),
         _like_nhwc(z) if need_residual else None,
-        *affine(need_residual_affine),
+        *_fake_affine(vectors, z, need_residual_affine),
     )
 
 
-bn_relu_backward = _register(
+bn_relu_backward = Operator(
     "bn_relu_backward(Tensor dy, Tensor z, Tensor vectors, Tensor? y, Tensor? residual, "
     "Tensor? residual_vectors, bool training, str group, bool residual_training, "
     "str residual_group, bool[4] needs, str backend) -> (Tensor dz, Tensor dgamma, Tensor dbeta, "
@@ -802,8 +882,6 @@ def _bn_relu_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     bn, residual, residual_bn, ctx.backend = _bn_relu_arguments(args)
     y, vectors, residual_vectors = output
     has_residual_bn = residual_bn.eps is not None
-    ctx.mark_non_differentiable(vectors, residual_vectors)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         z,
         bn.gamma,
@@ -864,13 +942,13 @@ def _bn_relu_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
     return zip(_BN_RELU_INPUTS, found, strict=True)
 
 
-_register_autograd(bn_relu, "BNReLU", _bn_relu_setup, _bn_relu_autograd)
+bn_relu.register_autograd("BNReLU", _bn_relu_setup, _bn_relu_autograd)
 
 
 # bn_relu_max_pool: max_pool2d(relu(bn(z))) ----------------------------------------------------
 
 
-def _bn_relu_max_pool(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _bn_relu_max_pool(z: Tensor, *args: Any) -> Results:
     bn, pool, backend = BatchNorm(*args[:6]), args[6:11], args[11]
     kernels = _serving_bn(z, True, backend)
     z = _nhwc(z)
@@ -880,14 +958,14 @@ def _bn_relu_max_pool(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _nhwc(y), _nhwc(indices), vectors
 
 
-def _bn_relu_max_pool_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _bn_relu_max_pool_fake(z: Tensor, *args: Any) -> Results:
     y, indices = torch.ops.aten.max_pool2d_with_indices(z, *args[6:11])
     return _like_nhwc(y), _like_nhwc(indices), _fake_vectors(z, BatchNorm(*args[:6]))
 
 
 _POOL = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
-bn_relu_max_pool = _register(
+bn_relu_max_pool = Operator(
     f"bn_relu_max_pool(Tensor z, {_schema_of_bn()}, {_POOL}, str backend) "
     "-> (Tensor y, Tensor indices, Tensor vectors)",
     _bn_relu_max_pool,
@@ -897,7 +975,7 @@ bn_relu_max_pool = _register(
 
 def _bn_relu_max_pool_backward(
     dy: Tensor, z: Tensor, vectors: Tensor, indices: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
+) -> Results:
     *pool, training, group, (need_z, need_affine), backend = args
     kernels = _serving_bn(z, True, backend)
     dz = dgamma = dbeta = None
@@ -911,18 +989,15 @@ def _bn_relu_max_pool_backward(
     if need_z:
         a, b, c = _gradient_vectors(kernels, dbeta, dgamma, vectors, _count(z), training, group)
         dz = kernels.bn_relu_input_gradient(da, z, scale, shift, a, b, c, inplace=True)
-    return _given(z, dz, *((dgamma, dbeta) if need_affine else (None, None)))
+    return dz, *((dgamma, dbeta) if need_affine else (None, None))
 
 
 def _bn_relu_max_pool_backward_fake(dy: Tensor, z: Tensor, vectors: Tensor, *args: Any) -> Any:
     need_z, need_affine = args[-2]
-    size = z.shape[1] if need_affine else 0
-    dz = _like_nhwc(z) if need_z else z.new_empty(0)
-    empty = vectors if need_affine else z
-    return dz, empty.new_empty(size), empty.new_empty(size)
+    return _like_nhwc(z) if need_z else None, *_fake_affine(vectors, z, need_affine)
 
 
-bn_relu_max_pool_backward = _register(
+bn_relu_max_pool_backward = Operator(
     f"bn_relu_max_pool_backward(Tensor dy, Tensor z, Tensor vectors, Tensor indices, {_POOL}, "
     "bool training, str group, bool[2] needs, str backend) "
     "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
@@ -935,8 +1010,6 @@ def _bn_relu_max_pool_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...])
     z, *args = inputs
     bn, ctx.pool, ctx.backend = BatchNorm(*args[:6]), args[6:11], args[11]
     _, indices, vectors = output
-    ctx.mark_non_differentiable(indices, vectors)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, bn.gamma, bn.beta, vectors, indices)
     ctx.bn = _SavedBatchNorm.of(bn)
 
@@ -964,8 +1037,8 @@ def _bn_relu_max_pool_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) ->
     return enumerate(found)
 
 
-_register_autograd(
-    bn_relu_max_pool, "BNReLUMaxPool", _bn_relu_max_pool_setup, _bn_relu_max_pool_autograd
+bn_relu_max_pool.register_autograd(
+    "BNReLUMaxPool", _bn_relu_max_pool_setup, _bn_relu_max_pool_autograd
 )
 
 
@@ -977,7 +1050,7 @@ def _conv1x1(x: Tensor, weight: Tensor, stride: int, backend: str) -> Tensor:
     return kernels.conv1x1(_nhwc(x), _dense(weight), stride=stride)
 
 
-conv1x1 = _register(
+conv1x1 = Operator(
     "conv1x1(Tensor x, Tensor weight, int stride, str backend) -> Tensor",
     _conv1x1,
     lambda x, weight, stride, _: _fake_conv(x, weight.shape[0], stride),
@@ -986,10 +1059,10 @@ conv1x1 = _register(
 
 def _conv1x1_backward(
     dz: Tensor, x: Tensor, weight: Tensor, stride: int, needs: list[bool], backend: str
-) -> tuple[Tensor, ...]:
+) -> Results:
     kernels = _serving_bn(x, True, backend)
     need_x, need_weight = needs
-    found = kernels.conv1x1_backward(
+    return kernels.conv1x1_backward(
         _nhwc(dz),
         _nhwc(x),
         _dense(weight),
@@ -997,19 +1070,16 @@ def _conv1x1_backward(
         need_dx=need_x,
         need_dweight=need_weight,
     )
-    return _given(x, *found)
 
 
 def _conv1x1_backward_fake(
     dz: Tensor, x: Tensor, weight: Tensor, stride: int, needs: list[bool], backend: str
-) -> tuple[Tensor, ...]:
+) -> Results:
     need_x, need_weight = needs
-    return _given(
-        x, _like_nhwc(x) if need_x else None, _like_weight(weight) if need_weight else None
-    )
+    return _like_nhwc(x) if need_x else None, _like_weight(weight) if need_weight else None
 
 
-conv1x1_backward = _register(
+conv1x1_backward = Operator(
     "conv1x1_backward(Tensor dz, Tensor x, Tensor weight, int stride, bool[2] needs, "
     "str backend) -> (Tensor dx, Tensor dweight)",
     _conv1x1_backward,
@@ -1033,7 +1103,7 @@ def _conv1x1_autograd(ctx: Any, needs: tuple[bool, ...], dz: Tensor) -> Any:
     return enumerate(found)
 
 
-_register_autograd(conv1x1, "Conv1x1", _conv1x1_setup, _conv1x1_autograd)
+conv1x1.register_autograd("Conv1x1", _conv1x1_setup, _conv1x1_autograd)
 
 
 # Formulas for torch.utils.flop_counter: convolutions alone count, as with torch's own operators ---

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -34,6 +35,10 @@ _MODULES: dict[str, ModuleType] = {
     name: importlib.import_module(f"{__name__}.{name}") for name in NAMES
 }
 _ENVIRONMENT = "RESNEXT_KERNELS_BACKEND"
+# What os.environ reads: its own `get` takes half a microsecond, at each call of an operator, to see
+# that there is no such variable.
+_variables: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_VARIABLE = os.environ.encodekey(_ENVIRONMENT)
 _used: ContextVar[str | None] = ContextVar("resnext_kernels_backend", default=None)
 
 
@@ -73,8 +78,8 @@ def requested() -> str | None:
         ValueError: If RESNEXT_KERNELS_BACKEND names no backend.
     """
     name = _used.get()
-    if name is None:
-        name = os.environ.get(_ENVIRONMENT) or None
+    if name is None and _VARIABLE in _variables:
+        name = os.environ[_ENVIRONMENT] or None
         if name is not None:
             _module(name, _ENVIRONMENT)
     return name
