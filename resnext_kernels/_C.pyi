@@ -35,6 +35,25 @@ def conv_affine_relu(
     num_threads: int,
     /,
 ) -> None: ...
+def conv_bn_relu(
+    problem: ConvProblem,
+    x: int,
+    weight: int,
+    gamma: int,
+    beta: int,
+    mean: int,
+    var: int,
+    eps: float,
+    residual: int,
+    in_gamma: int,
+    in_beta: int,
+    in_mean: int,
+    in_var: int,
+    in_eps: float,
+    y: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def conv_stats(
     problem: ConvProblem,
     x: int,

@@ -125,17 +125,18 @@ def _check_1x1(name: str, weight: Tensor, channels: int, other: str, like: Tenso
 
 def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: int) -> None:
     """`bn` fits `channels` channels on z's device, and `count` values a channel if training."""
-    _, _, running_mean, running_var, training, _, eps, group = bn
+    gamma, beta, running_mean, running_var, training, _, eps, group = bn
     if not eps >= 0:
         raise ValueError(f"{name}eps must be at least 0, got {eps}")
     shape, on_cpu = (channels,), z.is_cpu
-    for i, vector in enumerate(bn[:4]):
+    for vector in (gamma, beta, running_mean, running_var):
         if vector is not None and (
             vector.shape != shape
             or not (vector.is_cpu if on_cpu else vector.device == z.device)
             or not vector.is_floating_point()
         ):
-            raise _wrong_vector(f"{name}{bn._fields[i]}", vector, channels, z.device)
+            field = next(field for field, value in bn._asdict().items() if value is vector)
+            raise _wrong_vector(f"{name}{field}", vector, channels, z.device)
     if (running_mean is None) != (running_var is None):
         raise ValueError(
             f"{name}running_mean and {name}running_var must both be tensors or both be None"

@@ -95,6 +95,14 @@ def _is_pointwise(conv: nn.Module) -> bool:
     )
 
 
+def _tensor(module: nn.Module, name: str) -> Any:
+    """module.name; a parameter or buffer in a third of the time of nn.Module.__getattr__."""
+    for own in (module._parameters, module._buffers):
+        if name in own:
+            return own[name]
+    return getattr(module, name)  # parametrized, for one
+
+
 def _sync_group(bn: nn.SyncBatchNorm) -> str:
     """Name of the process group that `bn` shares statistics with; "" where it is alone."""
     if not (bn.training and dist.is_available() and dist.is_initialized()):
@@ -109,20 +117,23 @@ def _state(bn: nn.Module) -> BatchNormState:
         frozen: Any = bn  # by its attributes
         vectors = frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var
         return BatchNormState(*vectors, eps=getattr(frozen, "eps", 1e-5))
-    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
+    training = bn.training or (mean is None and var is None)
     momentum: Any = bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / bn.num_batches_tracked.double()
+    if bn.training and bn.track_running_stats:
+        batches = _tensor(bn, "num_batches_tracked")
+        if batches is not None:
+            batches.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / batches.double()
     if momentum is None:
         momentum = 0.0
     tracked = not bn.training or bn.track_running_stats
     return BatchNormState(
-        bn.weight,
-        bn.bias,
-        bn.running_mean if tracked else None,
-        bn.running_var if tracked else None,
+        _tensor(bn, "weight"),
+        _tensor(bn, "bias"),
+        mean if tracked else None,
+        var if tracked else None,
         training,
         momentum,
         bn.eps,
@@ -144,7 +155,7 @@ def conv_bn_relu(
     """
     return functional.conv_bn_relu(
         x,
-        conv.weight,
+        _tensor(conv, "weight"),
         _state(bn),
         residual=residual,
         stride=conv.stride[0],
@@ -298,7 +309,8 @@ class GroupedConvBNReLU(nn.Module):
         return module
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return conv_bn_relu(self.conv, self.bn, x, residual=residual, backend=self.backend)
+        own: dict[str, Any] = self._modules  # past nn.Module.__getattr__
+        return conv_bn_relu(own["conv"], own["bn"], x, residual=residual, backend=self.backend)
 
 
 class FusedGroupedBottleneck(nn.Module):

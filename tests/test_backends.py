@@ -18,6 +18,7 @@ from resnext_kernels.problem import ConvProblem
 
 FUNCTIONS = [
     "conv_affine_relu",
+    "conv_bn_relu",
     "conv_stats",
     "batch_stats",
     "normalize_relu",

@@ -164,7 +164,7 @@ for vector in ("gamma", "beta", "running_mean", "running_var"):
 
 
 FUNCTIONS = ("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats", "conv1x1")
-FUNCTIONS += ("conv1x1_affine_relu", "bn_affine", "bn_vectors")
+FUNCTIONS += ("conv_bn_relu", "conv1x1_affine_relu", "bn_affine", "bn_vectors")
 
 
 @pytest.fixture

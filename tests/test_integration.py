@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -15,10 +16,15 @@ import torch
 import torch.nn.functional as F
 from cases import Case, Target, floor, largest, make_inputs, plain
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
-from resnext_kernels import FusedGroupedBottleneck, GroupedConvBNReLU, backends
+from resnext_kernels import FusedGroupedBottleneck, GroupedConvBNReLU, backends, ops
 from resnext_kernels.backends import cpu
 from resnext_kernels.functional import grouped_conv_bn_relu
 from resnext_kernels.problem import ConvProblem
@@ -167,11 +173,178 @@ def test_opcheck(name: str) -> None:
 
 def test_every_operator_with_autograd_is_checked() -> None:
     """The backward operators are checked through their forward's AOT dispatch."""
-    from resnext_kernels import ops
-
     checked = {name.split()[0] for name in operator_calls()}
     operators = {name for name in ops.__all__ if isinstance(getattr(ops, name), ops.Operator)}
     assert {name for name in operators if not name.endswith("_backward")} == checked
+
+
+# What listens to operators ----------------------------------------------------------------------
+
+
+class Recorder:
+    """Names of the operators of this package that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def record(self, func: object, args: tuple, kwargs: dict | None) -> object:
+        if str(func).startswith("resnext_kernels."):
+            self.names.append(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+
+class DispatchRecorder(Recorder, TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.record(func, args, kwargs)
+
+
+class FunctionRecorder(Recorder, TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.record(func, args, kwargs)
+
+
+class Subclass(Tensor):
+    """Keeps its type and records, as a tensor with __torch_function__ does."""
+
+    names: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if str(func).startswith("resnext_kernels."):
+            cls.names.append(str(func).split(".")[1])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def small(training: bool) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    module = GroupedConvBNReLU(16, 16, 4).train(training).requires_grad_(training)
+    return module, images(2, 16, 5).requires_grad_(training)
+
+
+EXPECTED = {False: ["conv_bn_relu_eval"], True: ["conv_bn_relu", "conv_bn_relu_backward"]}
+EVAL_OR_TRAIN = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+
+
+@EVAL_OR_TRAIN
+def test_an_ordinary_call_is_the_dispatched_one(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, through the dispatcher and without it."""
+    module, x = small(training)
+
+    def results() -> list[Tensor]:
+        return backward(module, x) if training else [module(x)]
+
+    with DispatchRecorder() as recorder:
+        dispatched = results()
+    assert recorder.names == EXPECTED[training]
+    for name in EXPECTED[training]:
+        monkeypatch.setattr(getattr(ops, name), "overload", None)
+    assert all(torch.equal(a, b) for a, b in zip(results(), dispatched, strict=True))
+
+
+def test_an_ordinary_call_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = small(training=False)
+    expected = module(x)
+    monkeypatch.setattr(ops.conv_bn_relu_eval, "overload", None)
+    with torch.inference_mode():
+        y, again = module(x), module(x.clone())
+    assert y.is_inference()
+    assert torch.equal(y, expected)
+    assert torch.equal(again, expected)
+
+
+@EVAL_OR_TRAIN
+def test_function_modes_see_the_operators(training: bool) -> None:
+    module, x = small(training)
+    with FunctionRecorder() as recorder:
+        module(x)
+    assert recorder.names == EXPECTED[training][:1]
+
+
+@EVAL_OR_TRAIN
+def test_subclasses_see_the_operators(training: bool) -> None:
+    module, x = small(training)
+    Subclass.names.clear()
+    y = module(x.detach().as_subclass(Subclass).requires_grad_(training))
+    assert type(y) is Subclass
+    assert Subclass.names == EXPECTED[training][:1]
+
+
+@EVAL_OR_TRAIN
+def test_flops_are_counted(training: bool) -> None:
+    module, x = small(training)
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+        if training:
+            y.sum().backward()
+    forward = 2 * 9 * y.numel() * 4
+    assert counter.get_total_flops() == forward * (3 if training else 1)
+
+
+@EVAL_OR_TRAIN
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_fake_tensors(inside: bool, training: bool) -> None:
+    """In their mode, and left over from it."""
+    module, x = small(training)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor(x)
+    with mode if inside else contextlib.nullcontext():
+        y = module(fake)
+        if training:
+            y.sum().backward()
+    assert type(y) is FakeTensor
+    assert y.shape == x.shape
+    assert type(fake.grad) is (FakeTensor if training else type(None))
+
+
+@pytest.mark.filterwarnings("ignore:::torch.jit", "ignore::torch.jit.TracerWarning")
+def test_make_fx_and_jit_trace() -> None:
+    module, x = small(training=False)
+    for tracing_mode in ("real", "fake", "symbolic"):
+        traced = make_fx(module, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)
+        assert "conv_bn_relu_eval" in {n.target.__name__.split(".")[0] for n in calls(traced)}
+    script = torch.jit.trace(module, x)
+    assert "resnext_kernels::conv_bn_relu_eval" in str(script.inlined_graph)
+    other = images(3, 16, 5)
+    assert torch.equal(script(other), module(other))
+
+
+def calls(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap() -> None:
+    module, x = small(training=False)
+    batches = torch.stack([x, 2 * x, -x])
+    each = torch.stack([module(batch) for batch in batches])
+    assert torch.equal(torch.vmap(module)(batches), each)
+
+
+@EVAL_OR_TRAIN
+def test_lazy_negation(training: bool) -> None:
+    """A negative that is a bit of the tensor, not yet a value in memory."""
+    module, x = small(training)
+    negative = torch._neg_view(x)
+    assert negative.data_ptr() == x.data_ptr()
+    assert torch.equal(module(negative), module(-x))
+
+
+def test_the_profiler_shows_the_operator() -> None:
+    module, x = small(training=False)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        module(x)
+    names = {event.key for event in profiler.key_averages()}
+    assert "resnext_kernels::conv_bn_relu_eval" in names
+
+
+def test_below_autograd() -> None:
+    """Within a kernel of another operator there is no graph, whatever the grad mode."""
+    module, x = small(training=True)
+    with torch._C._AutoDispatchBelowAutograd():
+        y = module(x)
+    assert not y.requires_grad
 
 
 # autocast -------------------------------------------------------------------------------------

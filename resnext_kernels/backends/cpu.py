@@ -25,6 +25,8 @@ else:
 NAME = "cpu"
 
 Affine = tuple[Tensor, Tensor]
+# gamma, beta, mean, var, eps: see bn_affine
+BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 # z, scale, shift, a, b, c: see bn_relu_input_gradient
 BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -123,11 +125,10 @@ def conv_affine_relu(
         z = _dense_conv(x, weight, prologue, stride, dilation)
         _normalize_relu(z, scale, shift, residual, None, z)
         return z
-    dtype = x.dtype
     problem, shape, strides = _problem(
-        x.shape, k, groups, stride, dilation, dtype, not weight.is_contiguous()
+        x.shape, k, groups, stride, dilation, x.dtype, not weight.is_contiguous()
     )
-    y = torch.empty_strided(shape, strides, dtype=dtype)
+    y = x.new_empty_strided(shape, strides)
     _C.conv_affine_relu(
         problem,
         x.data_ptr(),
@@ -136,6 +137,42 @@ def conv_affine_relu(
         shift.data_ptr(),
         _ptr(residual),
         *_ptrs(prologue),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNorm,
+    *,
+    residual: Tensor | None = None,
+    prologue: BatchNorm | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
+    if groups == 1 and _is_dense(x, weight, stride, dilation, _FORWARD_LIMIT):
+        affine = None if prologue is None else bn_affine(*prologue)
+        z = _dense_conv(x, weight, affine, stride, dilation)
+        _normalize_relu(z, *bn_affine(*bn), residual, None, z)
+        return z
+    problem, shape, strides = _problem(
+        x.shape, weight.shape[0], groups, stride, dilation, x.dtype, not weight.is_contiguous()
+    )
+    bn = _dense_bn(*bn)
+    prologue = None if prologue is None else _dense_bn(*prologue)
+    y = x.new_empty_strided(shape, strides)
+    _C.conv_bn_relu(
+        problem,
+        x.data_ptr(),
+        weight.data_ptr(),
+        *_bn_ptrs(bn),
+        _ptr(residual),
+        *((0, 0, 0, 0, 0.0) if prologue is None else _bn_ptrs(prologue)),
         y.data_ptr(),
         torch.get_num_threads(),
     )
@@ -157,11 +194,10 @@ def conv_stats(
     if groups == 1 and _is_dense(x, weight, stride, dilation, _FORWARD_LIMIT):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         return (z, *batch_stats(z)) if stats else (z, _vector(0), _vector(0))
-    dtype = x.dtype
     problem, shape, strides = _problem(
-        x.shape, k, groups, stride, dilation, dtype, not weight.is_contiguous()
+        x.shape, k, groups, stride, dilation, x.dtype, not weight.is_contiguous()
     )
-    z = torch.empty_strided(shape, strides, dtype=dtype)
+    z = x.new_empty_strided(shape, strides)
     mean, var = _vector(k * stats), _vector(k * stats)
     _C.conv_stats(
         problem,
@@ -337,7 +373,7 @@ def normalize_relu(
     residual_affine: Affine | None = None,
 ) -> Tensor:
     """y = relu(scale * z + shift [+ residual | + rs * residual + rh]), residual_affine=(rs, rh)."""
-    y = torch.empty(z.shape, dtype=z.dtype, memory_format=torch.channels_last)
+    y = torch.empty_like(z, memory_format=torch.channels_last)
     _normalize_relu(z, scale, shift, residual, residual_affine, y)
     return y
 
@@ -461,29 +497,31 @@ def conv_backward(
 
 
 def _dense_bn(
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> BatchNorm:
     return (
         None if gamma is None else gamma.contiguous(),
         None if beta is None else beta.contiguous(),
         mean.contiguous(),
         var.contiguous(),
+        eps,
     )
+
+
+def _bn_ptrs(bn: BatchNorm) -> tuple[int, int, int, int, float]:
+    gamma, beta, mean, var, eps = bn
+    return _ptr(gamma), _ptr(beta), mean.data_ptr(), var.data_ptr(), eps
 
 
 def bn_affine(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Affine:
     """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
-    gamma, beta, mean, var = _dense_bn(gamma, beta, mean, var)
+    bn = _dense_bn(gamma, beta, mean, var, eps)
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     _C.bn_affine(
         mean.shape[0],
-        _ptr(gamma),
-        _ptr(beta),
-        mean.data_ptr(),
-        var.data_ptr(),
-        eps,
+        *_bn_ptrs(bn),
         scale.data_ptr(),
         shift.data_ptr(),
     )
@@ -494,16 +532,12 @@ def bn_vectors(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
 ) -> Tensor:
     """(5, C): mean, unbias * var, rstd, scale, shift."""
-    gamma, beta, mean, var = _dense_bn(gamma, beta, mean, var)
+    bn = _dense_bn(gamma, beta, mean, var, eps)
     channels = mean.shape[0]
     vectors = torch.empty((5, channels), dtype=torch.float32)
     _C.bn_vectors(
         channels,
-        _ptr(gamma),
-        _ptr(beta),
-        mean.data_ptr(),
-        var.data_ptr(),
-        eps,
+        *_bn_ptrs(bn),
         unbias,
         vectors.data_ptr(),
     )

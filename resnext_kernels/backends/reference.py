@@ -22,6 +22,8 @@ from ..problem import ConvProblem, in_format_of
 NAME = "reference"
 
 Affine = tuple[Tensor, Tensor]
+# gamma, beta, mean, var, eps: see bn_affine
+BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 # z, scale, shift, a, b, c: see bn_relu_input_gradient
 BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -94,6 +96,38 @@ def conv_affine_relu(
     """y = relu(scale * conv(x) + shift [+ residual])."""
     z = _conv(_activated(x, prologue), weight, stride, groups, dilation)
     return normalize_relu(z, scale, shift, residual=residual)
+
+
+def with_batch_norms(conv_affine_relu: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A backend's conv_bn_relu: its conv_affine_relu of what bn_affine makes of the BatchNorms."""
+
+    def conv_bn_relu(
+        x: Tensor,
+        weight: Tensor,
+        bn: BatchNorm,
+        *,
+        residual: Tensor | None = None,
+        prologue: BatchNorm | None = None,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+    ) -> Tensor:
+        """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
+        return conv_affine_relu(
+            x,
+            weight,
+            *bn_affine(*bn),
+            residual=residual,
+            prologue=None if prologue is None else bn_affine(*prologue),
+            stride=stride,
+            groups=groups,
+            dilation=dilation,
+        )
+
+    return conv_bn_relu
+
+
+conv_bn_relu = with_batch_norms(conv_affine_relu)
 
 
 def conv_stats(

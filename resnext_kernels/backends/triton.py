@@ -1675,6 +1675,9 @@ def conv_affine_relu(
     return y
 
 
+conv_bn_relu = reference.with_batch_norms(conv_affine_relu)
+
+
 def conv_stats(
     x: Tensor,
     weight: Tensor,
