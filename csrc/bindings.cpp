@@ -47,7 +47,7 @@ void conv_affine_relu(const ConvProblem& problem, Pointer x, Pointer weight, Poi
                                   affine(in_scale, in_shift), out(y), num_threads);
 }
 
-// conv_affine_relu with BatchNorms in place of the affine maps: one call of Python's in place of three.
+// conv_affine_relu with BatchNorms in place of the affine maps: one call from Python instead of three.
 void conv_bn_relu(const ConvProblem& problem, Pointer x, Pointer weight, Pointer gamma, Pointer beta, Pointer mean,
                   Pointer var, float eps, Pointer residual, Pointer in_gamma, Pointer in_beta, Pointer in_mean,
                   Pointer in_var, float in_eps, Pointer y, int num_threads) {

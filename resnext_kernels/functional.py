@@ -65,9 +65,9 @@ def _check_like(name: str, t: Tensor, shape: tuple[int, ...], other: str, like: 
     """`t` has this shape, and the dtype and the device of the tensor `other`."""
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
-    if t.dtype != like.dtype:
+    if t.dtype is not like.dtype:
         raise TypeError(f"{name} must be of {other}'s dtype {like.dtype}, got {t.dtype}")
-    if t.device != like.device:
+    if not (t.is_cpu and like.is_cpu) and t.device != like.device:  # which takes longer to make
         raise ValueError(f"{name} must be on {other}'s device {like.device}, got {t.device}")
 
 
@@ -109,10 +109,7 @@ def _check_conv(
         raise ValueError(
             f"groups must divide the {out_channels} output channels of weight, got {groups}"
         )
-    if weight.dtype is not x.dtype or (
-        not weight.is_cpu if x.is_cpu else weight.device != x.device
-    ):
-        _check_like("weight", weight, shape, name, x)
+    _check_like("weight", weight, shape, name, x)
     return out_channels
 
 
@@ -132,7 +129,7 @@ def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: in
     for vector in (gamma, beta, running_mean, running_var):
         if vector is not None and (
             vector.shape != shape
-            or not (vector.is_cpu if on_cpu else vector.device == z.device)
+            or (not (on_cpu and vector.is_cpu) and vector.device != z.device)
             or not vector.is_floating_point()
         ):
             field = next(field for field, value in bn._asdict().items() if value is vector)

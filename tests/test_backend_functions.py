@@ -366,6 +366,22 @@ def test_vectors_of_a_batch_norm(channels: int, affine: str, target: Target) -> 
         assert_as_exact_as_torch(name, *rows, floor)
 
 
+@few_cases
+def test_conv_bn_relu(case: Case, target: Target) -> None:
+    """conv_affine_relu of what bn_affine makes of the BatchNorms, bit for bit."""
+    target.require(case)
+    t, f = Exact(case, target), target.module
+    bn, in_bn = (*vectors_of(target, case.k), 1e-3), (*vectors_of(target, case.c), 1e-5)
+    no_affine = (None, None, *bn[2:])
+    for own, prologue, residual in itertools.product((bn, no_affine), (None, in_bn), BOTH):
+        args = {"residual": t.residual if residual else None, **case.conv}
+        y = f.conv_bn_relu(t.x, t.weight, own, prologue=prologue, **args)
+        affine = None if prologue is None else f.bn_affine(*prologue)
+        expected = f.conv_affine_relu(t.x, t.weight, *f.bn_affine(*own), prologue=affine, **args)
+        assert torch.equal(y, expected)
+        assert_channels_last("y", y)
+
+
 @pytest.mark.parametrize("channels", [1, 7, 64, 130])
 def test_bn_gradient_vectors(channels: int, target: Target) -> None:
     target.require(Case(1, channels, 1, 1, groups=channels))
