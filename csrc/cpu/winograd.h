@@ -26,6 +26,8 @@
 // channel over their lanes.
 #pragma once
 
+#include <type_traits>
+
 #include "plan.h"
 #include "pointwise.h"
 #include "tiles.h"
@@ -35,7 +37,9 @@ namespace resnext_kernels::cpu::RK_ISA {
 // Most FMAs read a value of their own, which only AVX-512 does for nothing: with 8 lanes and 16 registers the loads
 // take longer than what is saved.
 constexpr bool kWinograd = kLanes == 16;
-constexpr int kPairs = 7;                    // of a tile: four accumulators each
+constexpr int kPairs = 7;  // of a tile: four accumulators each
+constexpr int kTall = 8;   // rows of a tile at most, and at least if it is a tall one:
+constexpr int kTallFrom = 4;
 constexpr int kPairInputs = 4;               // input channels of a permuting dweight tile: four accumulators each
 constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
@@ -215,10 +219,20 @@ RK_INLINE Vec spread(const float* p) {
   return X == Access::two ? broadcast_two(p) : broadcast(*p);
 }
 
-// One block. All four products of an input channel at once, so the weights are read in the order of memory.
+// Outputs of two interleaved groups as they lie in memory.
+template <Access X, int A>
+RK_INLINE void put_side_by_side(Vec (&y)[A], const IVec& order) {
+  if (X != Access::two) return;
+  const IVec lanes = order;
+#pragma GCC unroll 16
+  for (int i = 0; i < A; ++i) y[i] = permute(y[i], lanes);
+}
+
+// One block, one row. All four products of an input channel at once, so the weights are read in the order of memory.
 template <Access X, int P>
 void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec* index,
-                   const TileOut* to) {
+                   const TileOut* to, Ahead& ahead, int64_t lines) {
+  ahead.fetch(lines);
   Vec m[P][4] = {};
   for (int t = 0; t < tap_count; ++t) {
     const float* weight = taps[t].weight;
@@ -238,11 +252,7 @@ void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64
     y[2 * pair] = m[pair][0] + m[pair][1] + m[pair][2];
     y[2 * pair + 1] = m[pair][1] - m[pair][2] - m[pair][3];
   }
-  if (X == Access::two) {
-    const IVec order = *index;
-#pragma GCC unroll 16
-    for (int i = 0; i < 2 * P; ++i) y[i] = permute(y[i], order);
-  }
+  put_side_by_side<X>(y, *index);
   emit(to[0], y);
 }
 
@@ -254,12 +264,75 @@ RK_INLINE void add_to_outputs(int i, Vec m, Vec& y0, Vec& y1) {
   if (i == 3) y1 -= m;
 }
 
+// What an input row adds to m[ky], the output rows that it meets with its taps kFirst ... kLast.
+template <Access X, int kFirst, int kLast, int P>
+RK_INLINE void add_input_row(Vec (&m)[3][P], const float* input, const float* weight, int64_t slot_floats,
+                             int64_t din) {
+  const int64_t ky_floats = din * kPairFloats;
+  for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
+    const float* const v = fresh(input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
+    Vec u[3];
+#pragma GCC unroll 3
+    for (int ky = kFirst; ky <= kLast; ++ky) u[ky] = load(weight + ky * ky_floats);
+#pragma GCC unroll 8
+    for (int pair = 0; pair < P; ++pair) {
+      const Vec value = spread<X>(v + pair * kPairFloats);
+#pragma GCC unroll 3
+      for (int ky = kFirst; ky <= kLast; ++ky) m[ky][pair] += u[ky] * value;
+    }
+  }
+}
+
+// One block, several rows: a value is spread over the lanes once for the three output rows that read it. One product at
+// a time, down the rows. The taps are the input rows from the one above the tile to the one below, null where they are
+// outside of the image, all with the weights of ky = 0.
+template <Access X, int P>
+void winograd_tall_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec* index,
+                        const TileOut* to, Ahead& ahead, int64_t lines) {
+  const int rows = tap_count - 2;
+  const int64_t lines_of_row = ceil_div(lines, 4 * tap_count);
+  const float* weight = taps[0].weight;
+  Vec y[kTall][2 * P];
+  for (int i = 0; i < 4; ++i, weight += kLanes) {
+    Vec m[3][P] = {};  // of the output rows r, r - 1, r - 2
+    for (int r = 0; r < tap_count; ++r) {
+      ahead.fetch(lines_of_row);
+      if (taps[r].input) {
+        const auto add = [&](auto first, auto last) RK_INLINE_LAMBDA {
+          add_input_row<X, first.value, last.value>(m, taps[r].input + i * kLanes, weight, slot_floats, din);
+        };
+        using Tap0 = std::integral_constant<int, 0>;
+        using Tap1 = std::integral_constant<int, 1>;
+        using Tap2 = std::integral_constant<int, 2>;
+        if (r >= 2 && r < rows)
+          add(Tap0{}, Tap2{});
+        else if (r < 2)
+          r == 0 ? add(Tap0{}, Tap0{}) : add(Tap0{}, Tap1{});
+        else
+          r == rows ? add(Tap1{}, Tap2{}) : add(Tap2{}, Tap2{});
+      }
+      if (r >= 2) {
+        Vec(&out)[2 * P] = y[r - 2];
+#pragma GCC unroll 8
+        for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[2][pair], out[2 * pair], out[2 * pair + 1]);
+        if (i == 3) {
+          put_side_by_side<X>(out, *index);
+          emit(*to, out, r - 2);
+        }
+      }
+#pragma GCC unroll 8
+      for (int pair = 0; pair < P; ++pair) m[2][pair] = m[1][pair], m[1][pair] = m[0][pair], m[0][pair] = Vec{};
+    }
+  }
+}
+
 // B blocks of a group: an input value is broadcast once for all of them. One product at a time, which leaves registers
 // for the sums of all blocks, and of R whole rows where rows are short; outputs wait in the first-level cache. The
-// results of row r of block b go to to[b * R + r].
+// results of block b go to to[b].
 template <int P, int B, int R>
 void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec*,
-                        const TileOut* to) {
+                        const TileOut* to, Ahead& ahead, int64_t lines) {
+  ahead.fetch(lines);
   const int64_t block_floats = 3 * din * kPairFloats;
   Vec y[B][R][2 * P];
 #pragma GCC unroll 4
@@ -291,14 +364,15 @@ void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b)
 #pragma GCC unroll 3
-    for (int r = 0; r < R; ++r) emit(to[b * R + r], y[b][r]);
+    for (int r = 0; r < R; ++r) emit(to[b], y[b][r], r);
 }
 
 // Several groups share the vector: V is read once and permuted in registers for every input channel. One product at a
 // time, so that V, the sums and y fit.
 template <Access X, int P>
 void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t din, const IVec* index,
-                             const TileOut* to) {
+                             const TileOut* to, Ahead& ahead, int64_t lines) {
+  ahead.fetch(lines);
   Vec y[2 * P];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -329,17 +403,20 @@ inline int64_t blocks_together(const Blocks& blocks, int64_t block) {
   return blocks.blocks_per_group - block % blocks.blocks_per_group >= kWide ? kWide : 1;
 }
 
-using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*);
-struct WinogradTiles {
-  WinogradTile by_pairs[kPairs + 1], wide[kRows + 1][kPairs + 1];  // by rows and pairs
+// `ahead`, `lines`: what to ask for meanwhile.
+using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*, Ahead&, int64_t lines);
+struct WinogradTiles {  // by pairs; wide ones by rows and pairs; tall ones null where groups are permuted
+  WinogradTile by_pairs[kPairs + 1], tall[kPairs + 1], wide[kRows + 1][kPairs + 1];
 };
 template <Access X, int P>
 constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
   if constexpr (P > 0) {
-    if constexpr (X == Access::broadcast || X == Access::two)
+    if constexpr (X == Access::broadcast || X == Access::two) {
       tiles.by_pairs[P] = winograd_tile<X, P>;
-    else
+      tiles.tall[P] = winograd_tall_tile<X, P>;
+    } else {
       tiles.by_pairs[P] = winograd_permuting_tile<X, P>;
+    }
     if constexpr (X == Access::broadcast) {
       tiles.wide[1][P] = winograd_wide_tile<P, kWide, 1>;
       if constexpr (P <= kShortRow) {
@@ -382,7 +459,7 @@ struct WinogradPass {
   template <class S>
   RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, int64_t lines, const S& sink) const {
     const WinogradTiles& tiles = winograd_tiles(winograd_access(blocks));
-    alignas(64) float values[kRows * kWide][2 * kPairs * kLanes];
+    alignas(64) float values[kWide][kTall * 2 * kPairs * kLanes];
     const int64_t tile_count = ceil_div(input.pairs, kPairs);
     const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows * tile_count);
     for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
@@ -392,30 +469,37 @@ struct WinogradPass {
       Block block[kWide];
       for (int64_t i = 0; i < together; ++i) block[i] = blocks.block(b + i, groups);
       for (int64_t row = out.row, rows; row < out.row + out.rows; row += rows) {
-        rows = 1;
-        if (together > 1 && input.pairs <= kShortRow && row > 0) {
-          // inner rows, which have all three taps, whose inputs lie side by side in the ring
-          const int64_t inner = min(out.row + out.rows, p.H - 1) - row,
-                        in_ring = input.rows - (row - 1) % input.rows - 2;
-          rows = max(1, min(kRows, min(inner, in_ring)));
+        rows = min(kTall, out.row + out.rows - row);
+        const bool tall = together == 1 && rows >= kTallFrom && tiles.tall[1];
+        if (!tall) {
+          rows = 1;
+          if (together > 1 && input.pairs <= kShortRow && row > 0) {
+            // inner rows, which have all three taps, whose inputs lie side by side in the ring
+            const int64_t inner = min(out.row + out.rows, p.H - 1) - row,
+                          in_ring = input.rows - (row - 1) % input.rows - 2;
+            rows = max(1, min(kRows, min(inner, in_ring)));
+          }
         }
-        const WinogradTile* const by_pairs = together > 1 ? tiles.wide[rows] : tiles.by_pairs;
-        const int64_t first = max(row - 1, 0), tap_count = min(row + 1, p.H - 1) - first + 1;
-        RowTap taps[3];  // moves along the row
-        for (int64_t t = 0; t < tap_count; ++t)
-          taps[t] = {input.at(first + t, slot, 0), weight + (first + t - row + 1) * blocks.din * kPairFloats};
+        const WinogradTile* const by_pairs = tall ? tiles.tall : together > 1 ? tiles.wide[rows] : tiles.by_pairs;
+        RowTap taps[kTall + 2];  // moves along the row
+        int tap_count = 0;
+        for (int64_t from = row - 1; from <= row + (tall ? rows : 1); ++from) {
+          const bool inside = from >= 0 && from < p.H;
+          const int64_t ky = tall ? 0 : from - row + 1;
+          if (inside || tall)
+            taps[tap_count++] = {inside ? input.at(from, slot, 0) : nullptr, weight + ky * blocks.din * kPairFloats};
+        }
         for (int64_t tile = 0, begin = 0, end; tile < tile_count; ++tile, begin = end) {
           end = tile + 1 == tile_count ? input.pairs : (tile + 1) * input.pairs / tile_count;
           const int64_t column = out.column + 2 * begin;
           const int64_t count = min(2 * (end - begin), out.columns - 2 * begin);
-          ahead.fetch(together * rows * quota);
-          TileOut to[kRows * kWide];
-          for (int64_t i = 0; i < together * rows; ++i)
-            to[i] = sink.target(block[i / rows], row + i % rows, column, 1, count, values[i]);
-          by_pairs[end - begin](taps, (int)tap_count, input.slot_floats(), blocks.din, index, to);
-          for (int64_t i = 0; i < together * rows; ++i)
-            sink.finish(b + i / rows, block[i / rows], row + i % rows, column, 1, to[i]);
-          for (int64_t t = 0; t < tap_count; ++t) taps[t].input += (end - begin) * kPairFloats;
+          TileOut to[kWide];
+          for (int64_t i = 0; i < together; ++i) sink.target(to[i], block[i], row, rows, column, 1, count, values[i]);
+          by_pairs[end - begin](taps, tap_count, input.slot_floats(), blocks.din, index, to, ahead,
+                                together * rows * quota);
+          for (int64_t i = 0; i < together; ++i) sink.finish(b + i, block[i], row, rows, column, 1, to[i]);
+          for (int t = 0; t < tap_count; ++t)
+            if (taps[t].input) taps[t].input += (end - begin) * kPairFloats;
         }
       }
     }
