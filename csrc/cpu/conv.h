@@ -697,8 +697,8 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool wino
                            float* packed, int64_t split_floats, T* dweight) {
   const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), din = p.din(), row = 9 * din;
   const int64_t vectors = winograd ? 4 : 3;  // of a row of taps
-  const bool two = winograd && winograd_access(blocks) == Access::two;
-  const IVec order = side_by_side(two ? blocks.dout : 0);
+  const int interleave = winograd ? interleaved_groups(winograd_access(blocks)) : 1;
+  const IVec order = side_by_side(interleave, blocks.dout);
   for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * din * vectors * kLanes) {
     for (int64_t i = 0; i < 3 * din; ++i) {
       float* const taps = packed + i * vectors * kLanes;
@@ -706,7 +706,8 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool wino
       for (int64_t split = 0; split < plan.splits; ++split)
         for (int64_t v = 0; v < vectors; ++v) sums[v] += load(taps + split * split_floats + v * kLanes);
       if (winograd) weight_gradient_of_pairs(sums);
-      for (int64_t kx = 0; kx < 3; ++kx) store(taps + kx * kLanes, two ? permute(sums[kx], order) : sums[kx]);
+      for (int64_t kx = 0; kx < 3; ++kx)
+        store(taps + kx * kLanes, interleave > 1 ? permute(sums[kx], order) : sums[kx]);
     }
     const Block block = blocks.block(b, groups);
     T* const to = dweight + (group * p.dout() + block.out) * row;

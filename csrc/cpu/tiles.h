@@ -19,9 +19,9 @@ namespace resnext_kernels::cpu::RK_ISA {
 
 constexpr int kTile = kRegisters == 16 ? 10 : 14;  // accumulators; + 3 weights + index + input
 
-// How an input channel reaches the lanes of its group: from memory, from memory for two interleaved groups at once, by
-// a permutation within four lanes, by one within eight, by any.
-enum class Access { broadcast, two, quads, octets, lanes };
+// How an input channel reaches the lanes of its group: from memory, from memory for two or four interleaved groups at
+// once, by a permutation within four lanes, by one within eight, by any.
+enum class Access { broadcast, two, four, quads, octets, lanes };
 
 // Which accumulator the value of column q feeds through the tap kx, as the tile counts columns.
 enum class Map {

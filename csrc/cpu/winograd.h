@@ -21,9 +21,9 @@
 //
 //     [slot][row][pair][V0 V1 V2 V3][lane]        slot: one vector of channels, whole groups or part of one
 //
-// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane]. Two
-// groups that share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads both values of an input
-// channel over their lanes.
+// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane]. Two or
+// four groups that share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads all values of an
+// input channel over their lanes.
 #pragma once
 
 #include <type_traits>
@@ -49,24 +49,29 @@ constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
 
 inline Access winograd_access(const Blocks& blocks) {
-  return blocks.groups_per_block == 2 ? Access::two : blocks.access();
+  const int64_t groups = blocks.groups_per_block;
+  return groups == 2 ? Access::two : groups == 4 ? Access::four : blocks.access();
 }
 
-// Lanes of two groups of d channels, interleaved from side by side, and back.
-inline IVec interleaved(int64_t d) {
+// How many groups are interleaved; 1: none.
+constexpr int interleaved_groups(Access access) { return access == Access::two ? 2 : access == Access::four ? 4 : 1; }
+
+// Lanes of such groups of d channels, interleaved from side by side, and back.
+inline IVec interleaved(int64_t groups, int64_t d) {
   IVec index{};
-  for (int lane = 0; lane < kLanes; ++lane) index[lane] = (int32_t)min(lane % 2 * d + lane / 2, kLanes - 1);
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = (int32_t)min(lane % groups * d + lane / groups, kLanes - 1);
   return index;
 }
-inline IVec side_by_side(int64_t d) {
+inline IVec side_by_side(int64_t groups, int64_t d) {
   IVec index{};
-  for (int lane = 0; lane < 2 * d; ++lane) index[lane] = (int32_t)(lane < d ? 2 * lane : 2 * (lane - d) + 1);
+  for (int lane = 0; lane < groups * d; ++lane) index[lane] = (int32_t)(lane % d * groups + lane / d);
   return index;
 }
 // What the tiles of `blocks` need: where an input channel is, or for two interleaved groups how results lie in memory.
 inline void fill_index(const Blocks& blocks, bool winograd, IVec* index) {
-  if (winograd && winograd_access(blocks) == Access::two)
-    index[0] = side_by_side(blocks.dout);
+  const int groups = winograd ? interleaved_groups(winograd_access(blocks)) : 1;
+  if (groups > 1)
+    index[0] = side_by_side(groups, blocks.dout);
   else
     blocks.fill_index(index);
 }
@@ -142,8 +147,8 @@ template <class F>
 RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots& slots, int64_t groups,
                            const Window& window, int64_t H, int64_t W, int64_t C, int64_t channel, F&& value) {
   const int64_t n = window.n, column = window.column;
-  const bool two = winograd_access(slots.vectors) == Access::two;
-  const IVec order = interleaved(slots.vectors.dout);
+  const int interleave = interleaved_groups(winograd_access(slots.vectors));
+  const IVec order = interleaved(interleave, slots.vectors.dout);
   Vec bad[4] = {};  // sums of zeros
   for (int64_t row = window.row; row < window.row + window.rows; ++row) {
     for (int64_t slot = 0; slot < slots.count; ++slot) {
@@ -157,7 +162,7 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
         const auto read = [&](int64_t q) RK_INLINE_LAMBDA {  // column q of the window
           if (column + q < 0 || column + q >= W) return Vec{};
           const Vec v = vector(first + q * C);
-          return two ? permute(v, order) : v;
+          return interleave > 1 ? permute(v, order) : v;
         };
         Vec d0 = read(-1), d1 = read(0);
         for (int64_t q = 0; q < 2 * to.pairs; q += 2, v += kPairFloats) {
@@ -189,15 +194,15 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
 // U of one block from its packed taps [ci][ky][kx][lane]; `rotated` turns the kernel by 180 degrees. False if a weight
 // is not finite.
 inline bool transform_weight(const Blocks& blocks, const float* taps, bool rotated, float* to) {
-  const bool two = winograd_access(blocks) == Access::two;
-  const IVec order = interleaved(blocks.dout);
+  const int interleave = interleaved_groups(winograd_access(blocks));
+  const IVec order = interleaved(interleave, blocks.dout);
   Vec bad{};
   for (int64_t ci = 0; ci < blocks.din; ++ci) {
     for (int64_t ky = 0; ky < 3; ++ky, taps += 3 * kLanes) {
       Vec g[3];
       for (int kx = 0; kx < 3; ++kx) {
         g[kx] = load(taps + kx * kLanes);
-        if (two) g[kx] = permute(g[kx], order);
+        if (interleave > 1) g[kx] = permute(g[kx], order);
       }
       float* u = to + ((rotated ? 2 - ky : ky) * blocks.din + ci) * kPairFloats;
       const Vec outer = (g[0] + g[2]) * broadcast(0.5f), inner = g[1] * broadcast(0.5f);
@@ -213,16 +218,16 @@ inline bool transform_weight(const Blocks& blocks, const float* taps, bool rotat
 
 // ---- the register tile: P pairs of one row, one block or, of a group that is wider, several
 template <Access X>
-constexpr int kSpread = X == Access::two ? 2 : 1;  // floats that one broadcast reads
+constexpr int kSpread = interleaved_groups(X);  // floats that one broadcast reads
 template <Access X>
 RK_INLINE Vec spread(const float* p) {
-  return X == Access::two ? broadcast_two(p) : broadcast(*p);
+  return kSpread<X> > 1 ? repeat<kSpread<X>>(p) : broadcast(*p);
 }
 
-// Outputs of two interleaved groups as they lie in memory.
+// Outputs of interleaved groups as they lie in memory.
 template <Access X, int A>
 RK_INLINE void put_side_by_side(Vec (&y)[A], const IVec& order) {
-  if (X != Access::two) return;
+  if (kSpread<X> == 1) return;
   const IVec lanes = order;
 #pragma GCC unroll 16
   for (int i = 0; i < A; ++i) y[i] = permute(y[i], lanes);
@@ -269,6 +274,8 @@ template <Access X, int kFirst, int kLast, int P>
 RK_INLINE void add_input_row(Vec (&m)[3][P], const float* input, const float* weight, int64_t slot_floats,
                              int64_t din) {
   const int64_t ky_floats = din * kPairFloats;
+  if (X == Access::four) din = 4;
+#pragma GCC unroll 4
   for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
     const float* const v = fresh(input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
     Vec u[3];
@@ -367,9 +374,9 @@ void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
     for (int r = 0; r < R; ++r) emit(to[b], y[b][r], r);
 }
 
-// Several groups share the vector: V is read once and permuted in registers for every input channel. One product at a
+// Other groups that share a vector: V is read once and permuted in registers for every input channel. One product at a
 // time, so that V, the sums and y fit.
-template <Access X, int P>
+template <int P>
 void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t din, const IVec* index,
                              const TileOut* to, Ahead& ahead, int64_t lines) {
   ahead.fetch(lines);
@@ -383,13 +390,12 @@ void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t
       Vec v[P];
 #pragma GCC unroll 8
       for (int pair = 0; pair < P; ++pair) v[pair] = load(input + pair * kPairFloats);
-      for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
+      for (int64_t ci = 0; ci < din; ++ci) {
         const Vec u = load(weight + ci * kPairFloats);
-        const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
+        const IVec lanes = index[ci];
 #pragma GCC unroll 8
-        for (int pair = 0; pair < P; ++pair)
-          m[pair] += u * (X == Access::lanes ? permute(v[pair], lanes) : spread_quads(v[pair], (int)ci));
-      });
+        for (int pair = 0; pair < P; ++pair) m[pair] += u * permute(v[pair], lanes);
+      }
     }
 #pragma GCC unroll 8
     for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[pair], y[2 * pair], y[2 * pair + 1]);
@@ -411,11 +417,11 @@ struct WinogradTiles {  // by pairs; wide ones by rows and pairs; tall ones null
 template <Access X, int P>
 constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
   if constexpr (P > 0) {
-    if constexpr (X == Access::broadcast || X == Access::two) {
+    if constexpr (X != Access::lanes) {
       tiles.by_pairs[P] = winograd_tile<X, P>;
       tiles.tall[P] = winograd_tall_tile<X, P>;
     } else {
-      tiles.by_pairs[P] = winograd_permuting_tile<X, P>;
+      tiles.by_pairs[P] = winograd_permuting_tile<P>;
     }
     if constexpr (X == Access::broadcast) {
       tiles.wide[1][P] = winograd_wide_tile<P, kWide, 1>;
@@ -429,11 +435,11 @@ constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
 }
 inline const WinogradTiles& winograd_tiles(Access access) {
   struct All {
-    WinogradTiles broadcast{}, two{}, quads{}, lanes{};
+    WinogradTiles broadcast{}, two{}, four{}, lanes{};
     constexpr All() {
       fill_winograd_tiles<Access::broadcast, kPairs>(broadcast);
       fill_winograd_tiles<Access::two, kPairs>(two);
-      fill_winograd_tiles<Access::quads, kPairs>(quads);
+      fill_winograd_tiles<Access::four, kPairs>(four);
       fill_winograd_tiles<Access::lanes, kPairs>(lanes);
     }
   };
@@ -441,7 +447,7 @@ inline const WinogradTiles& winograd_tiles(Access access) {
   switch (access) {
     case Access::broadcast: return all.broadcast;
     case Access::two: return all.two;
-    case Access::quads: return all.quads;
+    case Access::four: return all.four;
     default: return all.lanes;
   }
 }
@@ -533,20 +539,19 @@ struct WinogradWeightArgs {
   int64_t a_slot, e_slot, din;
 };
 
-// Input channels ci ... ci + I - 1 and B blocks of a group, or one of two groups. K products at a time: 16 sums.
-template <Access X, int I, int B, int K>
+// Input channels ci ... ci + I - 1 and kWide blocks of a group, one row of taps. K products at a time: 16 sums.
+template <int I, int K>
 void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
   static constexpr int order[4] = {0, 3, 1, 2};  // the first two multiply e itself
   const int64_t block_floats = 3 * args.din * kPairFloats;
-  const float* const first_v =
-      args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes * kSpread<X>;
+  const float* const first_v = args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes;
 #pragma GCC unroll 4
   for (int first = 0; first < 4; first += K) {
     const bool raw = first < 2;
     const int64_t step = raw ? 2 * kLanes : kPairFloats;
     const int64_t slot_floats = raw ? args.raw_e.slot_floats() : args.e.slot_floats();
     const float* const first_e = (raw ? args.raw_e.data : args.e.data) + args.e_slot * slot_floats;
-    Vec acc[K][B][I] = {};
+    Vec acc[K][kWide][I] = {};
     for (int run = 0; run < args.runs.count; ++run) {
       const PairRuns::Run& pairs = args.runs.runs[run];
       const float* v = first_v + pairs.a * kPairFloats;
@@ -556,14 +561,15 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
 #pragma GCC unroll 2
         for (int k = 0; k < K; ++k) {
           const int product = order[first + k];
-          Vec gradient[B];
+          Vec gradient[kWide];
 #pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) gradient[b] = load(e + b * slot_floats + (raw ? product / 3 : product) * kLanes);
+          for (int b = 0; b < kWide; ++b)
+            gradient[b] = load(e + b * slot_floats + (raw ? product / 3 : product) * kLanes);
 #pragma GCC unroll 16
           for (int i = 0; i < I; ++i) {
-            const Vec value = spread<X>(input + product * kLanes + i * kSpread<X>);
+            const Vec value = broadcast(input[product * kLanes + i]);
 #pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) acc[k][b][i] += value * gradient[b];
+            for (int b = 0; b < kWide; ++b) acc[k][b][i] += value * gradient[b];
           }
         }
       }
@@ -571,7 +577,7 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
 #pragma GCC unroll 2
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b)
+      for (int b = 0; b < kWide; ++b)
 #pragma GCC unroll 16
         for (int i = 0; i < I; ++i) {
           float* to = dweight + b * block_floats + (ci + i) * kPairFloats + order[first + k] * kLanes;
@@ -579,20 +585,96 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
         }
   }
 }
-template <Access X, int I, int B, int K>
+template <int I, int K>
 void winograd_weight_tiles(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
-  for (; ci + I <= args.din; ci += I) winograd_weight_tile<X, I, B, K>(args, ci, dweight);
+  for (; ci + I <= args.din; ci += I) winograd_weight_tile<I, K>(args, ci, dweight);
   if constexpr (I > 1)
-    if (ci < args.din) winograd_weight_tiles<X, I / 2, B, 2>(args, ci, dweight);
+    if (ci < args.din) winograd_weight_tiles<I / 2, 2>(args, ci, dweight);
 }
 
-// Several groups in a vector, permuted in registers: all four products, so that what is permuted is read once.
+// Where the rows of a step and the one above and below start in a ring, in pairs; -1 outside of the image.
+struct RingRows {
+  int64_t pair[kStepPixels / 4 + 2];  // rows have four pixels at least
+  int64_t count;
+
+  RingRows(const Pairs<4>& ring, const Window& rows, int64_t H) : count(rows.rows + 2) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = rows.row - 1 + i;
+      pair[i] = row < 0 || row >= H ? -1 : row % ring.rows * ring.pairs;
+    }
+  }
+};
+
+// What a row of pairs of V adds to the taps kFirst ... kLast, whose rows of e are e[ky].
+template <Access X, int kFirst, int kLast, int I>
+RK_INLINE void add_weight_row(Vec (&acc)[3][I], const float* v, const float* const* e, int64_t step, int64_t pairs) {
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const float* const input = fresh(v + pair * kPairFloats);
+    Vec gradient[3];
+#pragma GCC unroll 3
+    for (int ky = kFirst; ky <= kLast; ++ky) gradient[ky] = load(e[ky] + pair * step);
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i) {
+      const Vec value = spread<X>(input + i * kSpread<X>);
+#pragma GCC unroll 3
+      for (int ky = kFirst; ky <= kLast; ++ky) acc[ky][i] += value * gradient[ky];
+    }
+  }
+}
+
+// Input channels ci ... ci + I - 1 of one block, one product at a time: a value is spread once for the three rows of e
+// that it meets. Down the rows of V, whose neighbours in e are in the ring too; asks for `lines` for an input channel.
 template <Access X, int I>
+void winograd_tall_weight_tile(const WinogradWeightArgs& args, const RingRows& rows, int64_t ci, float* dweight,
+                               Ahead& ahead, int64_t lines) {
+  const float* const first_v =
+      args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes * kSpread<X>;
+  for (int product = 0; product < 4; ++product) {
+    const bool raw = product % 3 == 0;
+    const int64_t step = raw ? 2 * kLanes : kPairFloats;
+    const float* const first_e =
+        raw ? args.raw_e.at(0, args.e_slot, 0) + product / 3 * kLanes : args.e.at(0, args.e_slot, 0) + product * kLanes;
+    ahead.fetch(lines * I / 4);
+    Vec acc[3][I] = {};
+    for (int64_t row = 1; row + 1 < rows.count; ++row) {
+      const float* const v = first_v + product * kLanes + rows.pair[row] * kPairFloats;
+      const float* e[3];
+      for (int ky = 0; ky < 3; ++ky) {
+        const int64_t pair = rows.pair[row + 1 - ky];
+        e[ky] = pair < 0 ? nullptr : first_e + pair * step;
+      }
+      if (e[0] && e[2])
+        add_weight_row<X, 0, 2>(acc, v, e, step, args.a.pairs);
+      else if (e[0])
+        add_weight_row<X, 0, 1>(acc, v, e, step, args.a.pairs);
+      else if (e[2])
+        add_weight_row<X, 1, 2>(acc, v, e, step, args.a.pairs);
+      else
+        add_weight_row<X, 1, 1>(acc, v, e, step, args.a.pairs);
+    }
+#pragma GCC unroll 3
+    for (int ky = 0; ky < 3; ++ky)
+#pragma GCC unroll 8
+      for (int i = 0; i < I; ++i) {
+        float* const to = dweight + (ky * args.din + ci + i) * kPairFloats + product * kLanes;
+        store(to, load(to) + acc[ky][i]);
+      }
+  }
+}
+template <Access X, int I>
+void winograd_tall_weight_tiles(const WinogradWeightArgs& args, const RingRows& rows, int64_t ci, float* dweight,
+                                Ahead& ahead, int64_t lines) {
+  for (; ci + I <= args.din; ci += I) winograd_tall_weight_tile<X, I>(args, rows, ci, dweight, ahead, lines);
+  if constexpr (I > 1)
+    if (ci < args.din) winograd_tall_weight_tiles<X, I / 2>(args, rows, ci, dweight, ahead, lines);
+}
+
+// Other groups in a vector, permuted in registers: all four products, so that what is permuted is read once.
+template <int I>
 void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
   Vec acc[I][4] = {};
   IVec lanes[I] = {};
-  if (X == Access::lanes)
-    for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
+  for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
   for (int run = 0; run < args.runs.count; ++run) {
     const PairRuns::Run& pairs = args.runs.runs[run];
     const float* v = args.a.data + args.a_slot * args.a.slot_floats() + pairs.a * kPairFloats;
@@ -602,9 +684,9 @@ void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, 
       const Vec e[4] = {load(d), load(s + kLanes), load(s + 2 * kLanes), load(d + kLanes)};
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        const SpreadInput<X, 0> value(fresh(v + k * kLanes));
+        const Vec value = in_register(load(fresh(v + k * kLanes)));
 #pragma GCC unroll 8
-        for (int i = 0; i < I; ++i) acc[i][k] += value.at(i, lanes[i]) * e[k];
+        for (int i = 0; i < I; ++i) acc[i][k] += permute(value, lanes[i]) * e[k];
       }
     }
   }
@@ -617,7 +699,7 @@ void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, 
 }
 template <int I>
 void winograd_permuting_weight_tiles(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
-  for (; ci + I <= args.din; ci += I) winograd_permuting_weight_tile<Access::lanes, I>(args, ci, index, dweight);
+  for (; ci + I <= args.din; ci += I) winograd_permuting_weight_tile<I>(args, ci, index, dweight);
   if constexpr (I > 1)
     if (ci < args.din) winograd_permuting_weight_tiles<I / 2>(args, ci, index, dweight);
 }
@@ -634,20 +716,23 @@ inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blo
     return PairRuns(a, e, first, last - first, ky - 1);
   };
   const PairRuns runs[3] = {runs_of(0), runs_of(1), runs_of(2)};
+  const RingRows ring_rows(a, rows, p.H);
   for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
     together = blocks_together(blocks, b);
+    if (together == 1 && access != Access::lanes) {
+      const auto tiles = access == Access::broadcast ? winograd_tall_weight_tiles<Access::broadcast, 8>
+                         : access == Access::two     ? winograd_tall_weight_tiles<Access::two, 8>
+                                                     : winograd_tall_weight_tiles<Access::four, 4>;
+      const WinogradWeightArgs args{a, e, raw_e, runs[1], slots.first(blocks, b), b, blocks.din};
+      tiles(args, ring_rows, 0, dweight + 3 * b * blocks.din * kPairFloats, ahead, ceil_div(3 * quota, blocks.din));
+      continue;
+    }
     for (int64_t ky = 0; ky < 3; ++ky) {
       ahead.fetch(together * quota);
       const WinogradWeightArgs args{a, e, raw_e, runs[ky], slots.first(blocks, b), b, blocks.din};
       float* const to = dweight + (3 * b + ky) * blocks.din * kPairFloats;
-      if (access == Access::broadcast && together > 1)
-        winograd_weight_tiles<Access::broadcast, 16 / kWide, kWide, 1>(args, 0, to);
-      else if (access == Access::broadcast)
-        winograd_weight_tiles<Access::broadcast, 16, 1, 1>(args, 0, to);
-      else if (access == Access::two)
-        winograd_weight_tiles<Access::two, 8, 1, 2>(args, 0, to);
-      else if (access == Access::quads)
-        winograd_permuting_weight_tile<Access::quads, 4>(args, 0, index, to);
+      if (access == Access::broadcast)
+        winograd_weight_tiles<16 / kWide, 1>(args, 0, to);
       else
         winograd_permuting_weight_tiles<kPairInputs>(args, 0, index, to);
     }
