@@ -275,7 +275,6 @@ RK_INLINE void add_input_row(Vec (&m)[3][P], const float* input, const float* we
                              int64_t din) {
   const int64_t ky_floats = din * kPairFloats;
   if (X == Access::four) din = 4;
-#pragma GCC unroll 4
   for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
     const float* const v = fresh(input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
     Vec u[3];
