@@ -216,8 +216,9 @@ void pack_channel_pairs(const ConvProblem& p, const Blocks& blocks, int64_t grou
 }
 
 // Runs the tiles of one unit. `out` is the window to compute, `input` the staged operand. For every block and tile,
-// sink.target(block, row, column, column step, count, values) says where its values go, `values` being memory for a
-// tile, and sink.finish(block index, block, row, column, column step, that target) follows.
+// sink.target(tile, block, row, rows, column, column step, count, values) says where its values go, `values` being
+// memory for a tile, row after row, and sink.finish(block index, block, row, rows, column, column step, that target)
+// follows.
 struct UnitPass {
   const ConvProblem& p;
   const Tiles& tiles;
@@ -261,9 +262,10 @@ struct UnitPass {
       }
       const auto tile = [&](Tile run, const RowTap* taps, int tap_count, int64_t pixel, int64_t column, int64_t stride,
                             int64_t count) {
-        const TileOut to = sink.target(block, row, column, stride, count, values);
+        TileOut to;
+        sink.target(to, block, row, 1, column, stride, count, values);
         run(taps, tap_count, pixel, blocks.din, index, to);
-        sink.finish(b, block, row, column, stride, to);
+        sink.finish(b, block, row, 1, column, stride, to);
       };
       if (shared_columns)
         run_shared(out, input, rows, row_count, tile);
@@ -403,6 +405,14 @@ struct BlockStatistics {
 
 constexpr int64_t kStatisticsFloats = sizeof(BlockStatistics) / sizeof(float);
 
+// Into the memory for a tile's values, where rows are as long as Winograd's tiles can be.
+RK_INLINE void put_in_values(TileOut& tile, float* values, int64_t count) {
+  tile.out = values;
+  tile.stride = kLanes;
+  tile.count = count;
+  tile.row_stride = 2 * kPairs * kLanes;
+}
+
 // Where a thread's tiles of one item go: to memory, and into the statistics [split][K] if there are any.
 template <class T>
 struct ForwardSink {
@@ -419,37 +429,47 @@ struct ForwardSink {
   RK_INLINE int64_t at(const Block& block, int64_t row, int64_t column) const {
     return ((window.n * p.out_h() + row) * p.out_w() + column) * p.K + first_channel + block.out;
   }
-  RK_INLINE TileOut target(const Block& block, int64_t row, int64_t column, int64_t, int64_t count,
-                           float* values) const {
+  RK_INLINE void target(TileOut& tile, const Block& block, int64_t row, int64_t rows, int64_t column, int64_t,
+                        int64_t count, float* values) const {
     T* const to = out + at(block, row, column);
-    if (!past_cache && row + 1 < p.out_h()) prefetch_pixels(to + p.out_w() * p.K, p.K, count, block);
+    const int64_t row_stride = p.out_w() * p.K;
+    if (!past_cache)
+      for (int64_t r = 1; r <= min(rows, p.out_h() - 1 - row); ++r)
+        prefetch_pixels(to + r * row_stride, p.K, count, block);
+    put_in_values(tile, values, count);
     if constexpr (std::is_same<T, float>::value) {
       if (block.lanes == kLanes && !(means && past_cache)) {  // statistics read the values again
-        TileOut direct{to, p.K, count};
-        direct.past_cache = past_cache;
+        tile.out = to;
+        tile.stride = p.K;
+        tile.row_stride = row_stride;
+        tile.past_cache = past_cache;
         if (epilogue.affine.scale) {
-          direct.scale = epilogue.affine.scale + first_channel + block.out;
-          direct.shift = epilogue.affine.shift + first_channel + block.out;
-          if (epilogue.residual) direct.residual = (const float*)epilogue.residual + at(block, row, column);
+          tile.scale = epilogue.affine.scale + first_channel + block.out;
+          tile.shift = epilogue.affine.shift + first_channel + block.out;
+          if (epilogue.residual) tile.residual = (const float*)epilogue.residual + at(block, row, column);
         }
-        return direct;
       }
     }
-    return {values, kLanes, count};
   }
-  RK_INLINE void finish(int64_t b, const Block& block, int64_t row, int64_t column, int64_t, const TileOut& to) const {
-    const int64_t offset = at(block, row, column), channel = first_channel + block.out;
-    if ((void*)to.out != (void*)(out + offset)) {
-      const T* const add = epilogue.residual ? (const T*)epilogue.residual + offset : nullptr;
-      if (block.lanes == kLanes)
-        write_pixels(epilogue, out + offset, add, channel, p.K, to.count, to.out, AllLanes{}, past_cache);
-      else
-        write_pixels(epilogue, out + offset, add, channel, p.K, to.count, to.out, FirstLanes{block.lanes}, past_cache);
+  RK_INLINE void finish(int64_t b, const Block& block, int64_t first_row, int64_t rows, int64_t column, int64_t,
+                        const TileOut& tile) const {
+    const int64_t channel = first_channel + block.out;
+    for (int64_t row = first_row; row < first_row + rows; ++row) {
+      const int64_t offset = at(block, row, column);
+      const float* const values = tile.out + (row - first_row) * tile.row_stride;
+      if ((void*)values != (void*)(out + offset)) {
+        const T* const add = epilogue.residual ? (const T*)epilogue.residual + offset : nullptr;
+        if (block.lanes == kLanes)
+          write_pixels(epilogue, out + offset, add, channel, p.K, tile.count, values, AllLanes{}, past_cache);
+        else
+          write_pixels(epilogue, out + offset, add, channel, p.K, tile.count, values, FirstLanes{block.lanes},
+                       past_cache);
+      }
+      if (!means) continue;
+      statistics[b].add(values, tile.stride, tile.count, row == window.row && column == window.column);
+      if (row == window.row + window.rows - 1 && column + tile.count == window.column + window.columns)
+        statistics[b].merge_into(pixels, block.lanes, means + block.out, m2s + block.out);
     }
-    if (!means) return;
-    statistics[b].add(to.out, to.stride, to.count, row == window.row && column == window.column);
-    if (row == window.row + window.rows - 1 && column + to.count == window.column + window.columns)
-      statistics[b].merge_into(pixels, block.lanes, means + block.out, m2s + block.out);
   }
 };
 
@@ -677,8 +697,8 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool wino
                            float* packed, int64_t split_floats, T* dweight) {
   const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), din = p.din(), row = 9 * din;
   const int64_t vectors = winograd ? 4 : 3;  // of a row of taps
-  const bool two = winograd && winograd_access(blocks) == Access::two;
-  const IVec order = side_by_side(two ? blocks.dout : 0);
+  const int interleave = winograd ? interleaved_groups(winograd_access(blocks)) : 1;
+  const IVec order = side_by_side(interleave, blocks.dout);
   for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * din * vectors * kLanes) {
     for (int64_t i = 0; i < 3 * din; ++i) {
       float* const taps = packed + i * vectors * kLanes;
@@ -686,7 +706,8 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool wino
       for (int64_t split = 0; split < plan.splits; ++split)
         for (int64_t v = 0; v < vectors; ++v) sums[v] += load(taps + split * split_floats + v * kLanes);
       if (winograd) weight_gradient_of_pairs(sums);
-      for (int64_t kx = 0; kx < 3; ++kx) store(taps + kx * kLanes, two ? permute(sums[kx], order) : sums[kx]);
+      for (int64_t kx = 0; kx < 3; ++kx)
+        store(taps + kx * kLanes, interleave > 1 ? permute(sums[kx], order) : sums[kx]);
     }
     const Block block = blocks.block(b, groups);
     T* const to = dweight + (group * p.dout() + block.out) * row;
@@ -719,22 +740,34 @@ struct InputGradientSink {
   RK_INLINE T* at(const Block& block, int64_t row, int64_t column) const {
     return dx + ((window.n * p.H + row) * p.W + column) * p.C + first_channel + block.out;
   }
-  RK_INLINE TileOut target(const Block& block, int64_t row, int64_t column, int64_t step, int64_t count,
-                           float* values) const {
+  RK_INLINE void target(TileOut& tile, const Block& block, int64_t row, int64_t rows, int64_t column, int64_t step,
+                        int64_t count, float* values) const {
     T* const to = at(block, row, column);
-    if (!past_cache && row + 1 < p.H) prefetch_pixels(to + p.W * p.C, step * p.C, count, block);
-    if constexpr (std::is_same<T, float>::value)
-      if (block.lanes == kLanes) return {to, step * p.C, count, nullptr, nullptr, nullptr, past_cache};
-    return {values, kLanes, count};
+    const int64_t row_stride = p.W * p.C;
+    if (!past_cache)
+      for (int64_t r = 1; r <= min(rows, p.H - 1 - row); ++r)
+        prefetch_pixels(to + r * row_stride, step * p.C, count, block);
+    put_in_values(tile, values, count);
+    if constexpr (std::is_same<T, float>::value) {
+      if (block.lanes == kLanes) {
+        tile.out = to;
+        tile.stride = step * p.C;
+        tile.row_stride = row_stride;
+        tile.past_cache = past_cache;
+      }
+    }
   }
-  RK_INLINE void finish(int64_t, const Block& block, int64_t row, int64_t column, int64_t step,
-                        const TileOut& to) const {
-    T* const dx_at = at(block, row, column);
-    if ((void*)to.out == (void*)dx_at) return;
-    if (block.lanes == kLanes)
-      write_pixels<T>({}, dx_at, nullptr, 0, step * p.C, to.count, to.out, AllLanes{}, past_cache);
-    else
-      write_pixels<T>({}, dx_at, nullptr, 0, step * p.C, to.count, to.out, FirstLanes{block.lanes}, past_cache);
+  RK_INLINE void finish(int64_t, const Block& block, int64_t first_row, int64_t rows, int64_t column, int64_t step,
+                        const TileOut& tile) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const dx_at = at(block, first_row + r, column);
+      const float* const values = tile.out + r * tile.row_stride;
+      if ((void*)values == (void*)dx_at) return;
+      if (block.lanes == kLanes)
+        write_pixels<T>({}, dx_at, nullptr, 0, step * p.C, tile.count, values, AllLanes{}, past_cache);
+      else
+        write_pixels<T>({}, dx_at, nullptr, 0, step * p.C, tile.count, values, FirstLanes{block.lanes}, past_cache);
+    }
   }
 };
 

@@ -230,17 +230,20 @@ RK_INLINE Vec spread_quads(Vec v, int i) {
 #endif
 }
 
-// p[0] in even lanes, p[1] in odd ones.
-RK_INLINE Vec broadcast_two(const float* p) {
+// p[0] ... p[kCount - 1], over and over.
+template <int kCount>
+RK_INLINE Vec repeat(const float* p) {
 #if defined(__AVX512F__)
-  double both;
-  __builtin_memcpy(&both, p, sizeof both);
-  return (Vec)_mm512_set1_pd(both);
-#else
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i % 2];
-  return v;
+  if (kCount == 2) {
+    double both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return (Vec)_mm512_set1_pd(both);
+  }
+  if (kCount == 4) return (Vec)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
 #endif
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i % kCount];
+  return v;
 }
 
 // The lower (0) or the upper (1) four of every eight lanes, twice; sixteen lanes only.

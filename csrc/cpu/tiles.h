@@ -19,9 +19,9 @@ namespace resnext_kernels::cpu::RK_ISA {
 
 constexpr int kTile = kRegisters == 16 ? 10 : 14;  // accumulators; + 3 weights + index + input
 
-// How an input channel reaches the lanes of its group: from memory, from memory for two interleaved groups at once, by
-// a permutation within four lanes, by one within eight, by any.
-enum class Access { broadcast, two, quads, octets, lanes };
+// How an input channel reaches the lanes of its group: from memory, from memory for two or four interleaved groups at
+// once, by a permutation within four lanes, by one within eight, by any.
+enum class Access { broadcast, two, four, quads, octets, lanes };
 
 // Which accumulator the value of column q feeds through the tap kx, as the tile counts columns.
 enum class Map {
@@ -42,39 +42,42 @@ constexpr int accumulator(int q, int kx) {
 }
 
 // Where the A values of a tile go: pixel i < count to out + i * stride, as they are or, with a scale, as
-// relu(scale * value + shift [+ residual]).
+// relu(scale * value + shift [+ residual]). Row r of a tile of several rows is row_stride * r further.
 struct TileOut {
-  float* out;
-  int64_t stride, count;
+  float* out = nullptr;
+  int64_t stride = 0, count = 0;
   const float* scale = nullptr;
   const float* shift = nullptr;
   const float* residual = nullptr;
   bool past_cache = false;
+  int64_t row_stride = 0;
 };
 
 template <int A, class F>
-RK_INLINE void emit_each(const TileOut& to, F&& value) {
+RK_INLINE void emit_each(const TileOut& to, float* out, F&& value) {
   const int n = (int)(A - (to.count < A));  // a tile of whole pairs may have one value too many
   if (to.past_cache) {
 #pragma GCC unroll 64
     for (int i = 0; i < A; ++i)
-      if (i < A - 1 || n == A) stream(to.out + i * to.stride, value(i));
+      if (i < A - 1 || n == A) stream(out + i * to.stride, value(i));
   } else {
 #pragma GCC unroll 64
     for (int i = 0; i < A; ++i)
-      if (i < A - 1 || n == A) store(to.out + i * to.stride, value(i));
+      if (i < A - 1 || n == A) store(out + i * to.stride, value(i));
   }
 }
 template <int A>
-RK_INLINE void emit(const TileOut& to, const Vec (&values)[A]) {
-  if (!to.scale) return emit_each<A>(to, [&](int i) RK_INLINE_LAMBDA { return values[i]; });
+RK_INLINE void emit(const TileOut& to, const Vec (&values)[A], int64_t row = 0) {
+  float* const out = to.out + row * to.row_stride;
+  if (!to.scale) return emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA { return values[i]; });
   const Vec scale = load(to.scale), shift = load(to.shift);
-  if (to.residual)
-    emit_each<A>(to, [&](int i) RK_INLINE_LAMBDA {
-      return relu(values[i] * scale + shift + load(to.residual + i * to.stride));
+  const float* const residual = to.residual + (to.residual ? row * to.row_stride : 0);
+  if (residual)
+    emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA {
+      return relu(values[i] * scale + shift + load(residual + i * to.stride));
     });
   else
-    emit_each<A>(to, [&](int i) RK_INLINE_LAMBDA { return relu(values[i] * scale + shift); });
+    emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA { return relu(values[i] * scale + shift); });
 }
 
 // One row of input that a row of output reads: the first column of the tile and the three weights of its ky.

@@ -21,10 +21,12 @@
 //
 //     [slot][row][pair][V0 V1 V2 V3][lane]        slot: one vector of channels, whole groups or part of one
 //
-// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane]. Two
-// groups that share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads both values of an input
-// channel over their lanes.
+// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane]. Two or
+// four groups that share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads all values of an
+// input channel over their lanes.
 #pragma once
+
+#include <type_traits>
 
 #include "plan.h"
 #include "pointwise.h"
@@ -35,7 +37,9 @@ namespace resnext_kernels::cpu::RK_ISA {
 // Most FMAs read a value of their own, which only AVX-512 does for nothing: with 8 lanes and 16 registers the loads
 // take longer than what is saved.
 constexpr bool kWinograd = kLanes == 16;
-constexpr int kPairs = 7;                    // of a tile: four accumulators each
+constexpr int kPairs = 7;  // of a tile: four accumulators each
+constexpr int kTall = 8;   // rows of a tile at most, and at least if it is a tall one:
+constexpr int kTallFrom = 4;
 constexpr int kPairInputs = 4;               // input channels of a permuting dweight tile: four accumulators each
 constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
@@ -45,24 +49,29 @@ constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
 
 inline Access winograd_access(const Blocks& blocks) {
-  return blocks.groups_per_block == 2 ? Access::two : blocks.access();
+  const int64_t groups = blocks.groups_per_block;
+  return groups == 2 ? Access::two : groups == 4 ? Access::four : blocks.access();
 }
 
-// Lanes of two groups of d channels, interleaved from side by side, and back.
-inline IVec interleaved(int64_t d) {
+// How many groups are interleaved; 1: none.
+constexpr int interleaved_groups(Access access) { return access == Access::two ? 2 : access == Access::four ? 4 : 1; }
+
+// Lanes of such groups of d channels, interleaved from side by side, and back.
+inline IVec interleaved(int64_t groups, int64_t d) {
   IVec index{};
-  for (int lane = 0; lane < kLanes; ++lane) index[lane] = (int32_t)min(lane % 2 * d + lane / 2, kLanes - 1);
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = (int32_t)min(lane % groups * d + lane / groups, kLanes - 1);
   return index;
 }
-inline IVec side_by_side(int64_t d) {
+inline IVec side_by_side(int64_t groups, int64_t d) {
   IVec index{};
-  for (int lane = 0; lane < 2 * d; ++lane) index[lane] = (int32_t)(lane < d ? 2 * lane : 2 * (lane - d) + 1);
+  for (int lane = 0; lane < groups * d; ++lane) index[lane] = (int32_t)(lane % d * groups + lane / d);
   return index;
 }
 // What the tiles of `blocks` need: where an input channel is, or for two interleaved groups how results lie in memory.
 inline void fill_index(const Blocks& blocks, bool winograd, IVec* index) {
-  if (winograd && winograd_access(blocks) == Access::two)
-    index[0] = side_by_side(blocks.dout);
+  const int groups = winograd ? interleaved_groups(winograd_access(blocks)) : 1;
+  if (groups > 1)
+    index[0] = side_by_side(groups, blocks.dout);
   else
     blocks.fill_index(index);
 }
@@ -138,8 +147,8 @@ template <class F>
 RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots& slots, int64_t groups,
                            const Window& window, int64_t H, int64_t W, int64_t C, int64_t channel, F&& value) {
   const int64_t n = window.n, column = window.column;
-  const bool two = winograd_access(slots.vectors) == Access::two;
-  const IVec order = interleaved(slots.vectors.dout);
+  const int interleave = interleaved_groups(winograd_access(slots.vectors));
+  const IVec order = interleaved(interleave, slots.vectors.dout);
   Vec bad[4] = {};  // sums of zeros
   for (int64_t row = window.row; row < window.row + window.rows; ++row) {
     for (int64_t slot = 0; slot < slots.count; ++slot) {
@@ -153,7 +162,7 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
         const auto read = [&](int64_t q) RK_INLINE_LAMBDA {  // column q of the window
           if (column + q < 0 || column + q >= W) return Vec{};
           const Vec v = vector(first + q * C);
-          return two ? permute(v, order) : v;
+          return interleave > 1 ? permute(v, order) : v;
         };
         Vec d0 = read(-1), d1 = read(0);
         for (int64_t q = 0; q < 2 * to.pairs; q += 2, v += kPairFloats) {
@@ -185,15 +194,15 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
 // U of one block from its packed taps [ci][ky][kx][lane]; `rotated` turns the kernel by 180 degrees. False if a weight
 // is not finite.
 inline bool transform_weight(const Blocks& blocks, const float* taps, bool rotated, float* to) {
-  const bool two = winograd_access(blocks) == Access::two;
-  const IVec order = interleaved(blocks.dout);
+  const int interleave = interleaved_groups(winograd_access(blocks));
+  const IVec order = interleaved(interleave, blocks.dout);
   Vec bad{};
   for (int64_t ci = 0; ci < blocks.din; ++ci) {
     for (int64_t ky = 0; ky < 3; ++ky, taps += 3 * kLanes) {
       Vec g[3];
       for (int kx = 0; kx < 3; ++kx) {
         g[kx] = load(taps + kx * kLanes);
-        if (two) g[kx] = permute(g[kx], order);
+        if (interleave > 1) g[kx] = permute(g[kx], order);
       }
       float* u = to + ((rotated ? 2 - ky : ky) * blocks.din + ci) * kPairFloats;
       const Vec outer = (g[0] + g[2]) * broadcast(0.5f), inner = g[1] * broadcast(0.5f);
@@ -209,16 +218,26 @@ inline bool transform_weight(const Blocks& blocks, const float* taps, bool rotat
 
 // ---- the register tile: P pairs of one row, one block or, of a group that is wider, several
 template <Access X>
-constexpr int kSpread = X == Access::two ? 2 : 1;  // floats that one broadcast reads
+constexpr int kSpread = interleaved_groups(X);  // floats that one broadcast reads
 template <Access X>
 RK_INLINE Vec spread(const float* p) {
-  return X == Access::two ? broadcast_two(p) : broadcast(*p);
+  return kSpread<X> > 1 ? repeat<kSpread<X>>(p) : broadcast(*p);
 }
 
-// One block. All four products of an input channel at once, so the weights are read in the order of memory.
+// Outputs of interleaved groups as they lie in memory.
+template <Access X, int A>
+RK_INLINE void put_side_by_side(Vec (&y)[A], const IVec& order) {
+  if (kSpread<X> == 1) return;
+  const IVec lanes = order;
+#pragma GCC unroll 16
+  for (int i = 0; i < A; ++i) y[i] = permute(y[i], lanes);
+}
+
+// One block, one row. All four products of an input channel at once, so the weights are read in the order of memory.
 template <Access X, int P>
 void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec* index,
-                   const TileOut* to) {
+                   const TileOut* to, Ahead& ahead, int64_t lines) {
+  ahead.fetch(lines);
   Vec m[P][4] = {};
   for (int t = 0; t < tap_count; ++t) {
     const float* weight = taps[t].weight;
@@ -238,11 +257,7 @@ void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64
     y[2 * pair] = m[pair][0] + m[pair][1] + m[pair][2];
     y[2 * pair + 1] = m[pair][1] - m[pair][2] - m[pair][3];
   }
-  if (X == Access::two) {
-    const IVec order = *index;
-#pragma GCC unroll 16
-    for (int i = 0; i < 2 * P; ++i) y[i] = permute(y[i], order);
-  }
+  put_side_by_side<X>(y, *index);
   emit(to[0], y);
 }
 
@@ -254,12 +269,76 @@ RK_INLINE void add_to_outputs(int i, Vec m, Vec& y0, Vec& y1) {
   if (i == 3) y1 -= m;
 }
 
+// What an input row adds to m[ky], the output rows that it meets with its taps kFirst ... kLast.
+template <Access X, int kFirst, int kLast, int P>
+RK_INLINE void add_input_row(Vec (&m)[3][P], const float* input, const float* weight, int64_t slot_floats,
+                             int64_t din) {
+  const int64_t ky_floats = din * kPairFloats;
+  if (X == Access::four) din = 4;
+  for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
+    const float* const v = fresh(input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
+    Vec u[3];
+#pragma GCC unroll 3
+    for (int ky = kFirst; ky <= kLast; ++ky) u[ky] = load(weight + ky * ky_floats);
+#pragma GCC unroll 8
+    for (int pair = 0; pair < P; ++pair) {
+      const Vec value = spread<X>(v + pair * kPairFloats);
+#pragma GCC unroll 3
+      for (int ky = kFirst; ky <= kLast; ++ky) m[ky][pair] += u[ky] * value;
+    }
+  }
+}
+
+// One block, several rows: a value is spread over the lanes once for the three output rows that read it. One product at
+// a time, down the rows. The taps are the input rows from the one above the tile to the one below, null where they are
+// outside of the image, all with the weights of ky = 0.
+template <Access X, int P>
+void winograd_tall_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec* index,
+                        const TileOut* to, Ahead& ahead, int64_t lines) {
+  const int rows = tap_count - 2;
+  const int64_t lines_of_row = ceil_div(lines, 4 * tap_count);
+  const float* weight = taps[0].weight;
+  Vec y[kTall][2 * P];
+  for (int i = 0; i < 4; ++i, weight += kLanes) {
+    Vec m[3][P] = {};  // of the output rows r, r - 1, r - 2
+    for (int r = 0; r < tap_count; ++r) {
+      ahead.fetch(lines_of_row);
+      if (taps[r].input) {
+        const auto add = [&](auto first, auto last) RK_INLINE_LAMBDA {
+          add_input_row<X, first.value, last.value>(m, taps[r].input + i * kLanes, weight, slot_floats, din);
+        };
+        using Tap0 = std::integral_constant<int, 0>;
+        using Tap1 = std::integral_constant<int, 1>;
+        using Tap2 = std::integral_constant<int, 2>;
+        if (r >= 2 && r < rows)
+          add(Tap0{}, Tap2{});
+        else if (r < 2)
+          r == 0 ? add(Tap0{}, Tap0{}) : add(Tap0{}, Tap1{});
+        else
+          r == rows ? add(Tap1{}, Tap2{}) : add(Tap2{}, Tap2{});
+      }
+      if (r >= 2) {
+        Vec(&out)[2 * P] = y[r - 2];
+#pragma GCC unroll 8
+        for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[2][pair], out[2 * pair], out[2 * pair + 1]);
+        if (i == 3) {
+          put_side_by_side<X>(out, *index);
+          emit(*to, out, r - 2);
+        }
+      }
+#pragma GCC unroll 8
+      for (int pair = 0; pair < P; ++pair) m[2][pair] = m[1][pair], m[1][pair] = m[0][pair], m[0][pair] = Vec{};
+    }
+  }
+}
+
 // B blocks of a group: an input value is broadcast once for all of them. One product at a time, which leaves registers
 // for the sums of all blocks, and of R whole rows where rows are short; outputs wait in the first-level cache. The
-// results of row r of block b go to to[b * R + r].
+// results of block b go to to[b].
 template <int P, int B, int R>
 void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec*,
-                        const TileOut* to) {
+                        const TileOut* to, Ahead& ahead, int64_t lines) {
+  ahead.fetch(lines);
   const int64_t block_floats = 3 * din * kPairFloats;
   Vec y[B][R][2 * P];
 #pragma GCC unroll 4
@@ -291,14 +370,15 @@ void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b)
 #pragma GCC unroll 3
-    for (int r = 0; r < R; ++r) emit(to[b * R + r], y[b][r]);
+    for (int r = 0; r < R; ++r) emit(to[b], y[b][r], r);
 }
 
-// Several groups share the vector: V is read once and permuted in registers for every input channel. One product at a
+// Other groups that share a vector: V is read once and permuted in registers for every input channel. One product at a
 // time, so that V, the sums and y fit.
-template <Access X, int P>
+template <int P>
 void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t din, const IVec* index,
-                             const TileOut* to) {
+                             const TileOut* to, Ahead& ahead, int64_t lines) {
+  ahead.fetch(lines);
   Vec y[2 * P];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -309,13 +389,12 @@ void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t
       Vec v[P];
 #pragma GCC unroll 8
       for (int pair = 0; pair < P; ++pair) v[pair] = load(input + pair * kPairFloats);
-      for_inputs<X>(din, [&](int64_t ci) RK_INLINE_LAMBDA {
+      for (int64_t ci = 0; ci < din; ++ci) {
         const Vec u = load(weight + ci * kPairFloats);
-        const IVec lanes = X == Access::lanes ? index[ci] : IVec{};
+        const IVec lanes = index[ci];
 #pragma GCC unroll 8
-        for (int pair = 0; pair < P; ++pair)
-          m[pair] += u * (X == Access::lanes ? permute(v[pair], lanes) : spread_quads(v[pair], (int)ci));
-      });
+        for (int pair = 0; pair < P; ++pair) m[pair] += u * permute(v[pair], lanes);
+      }
     }
 #pragma GCC unroll 8
     for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[pair], y[2 * pair], y[2 * pair + 1]);
@@ -329,17 +408,20 @@ inline int64_t blocks_together(const Blocks& blocks, int64_t block) {
   return blocks.blocks_per_group - block % blocks.blocks_per_group >= kWide ? kWide : 1;
 }
 
-using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*);
-struct WinogradTiles {
-  WinogradTile by_pairs[kPairs + 1], wide[kRows + 1][kPairs + 1];  // by rows and pairs
+// `ahead`, `lines`: what to ask for meanwhile.
+using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*, Ahead&, int64_t lines);
+struct WinogradTiles {  // by pairs; wide ones by rows and pairs; tall ones null where groups are permuted
+  WinogradTile by_pairs[kPairs + 1], tall[kPairs + 1], wide[kRows + 1][kPairs + 1];
 };
 template <Access X, int P>
 constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
   if constexpr (P > 0) {
-    if constexpr (X == Access::broadcast || X == Access::two)
+    if constexpr (X != Access::lanes) {
       tiles.by_pairs[P] = winograd_tile<X, P>;
-    else
-      tiles.by_pairs[P] = winograd_permuting_tile<X, P>;
+      tiles.tall[P] = winograd_tall_tile<X, P>;
+    } else {
+      tiles.by_pairs[P] = winograd_permuting_tile<P>;
+    }
     if constexpr (X == Access::broadcast) {
       tiles.wide[1][P] = winograd_wide_tile<P, kWide, 1>;
       if constexpr (P <= kShortRow) {
@@ -352,11 +434,11 @@ constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
 }
 inline const WinogradTiles& winograd_tiles(Access access) {
   struct All {
-    WinogradTiles broadcast{}, two{}, quads{}, lanes{};
+    WinogradTiles broadcast{}, two{}, four{}, lanes{};
     constexpr All() {
       fill_winograd_tiles<Access::broadcast, kPairs>(broadcast);
       fill_winograd_tiles<Access::two, kPairs>(two);
-      fill_winograd_tiles<Access::quads, kPairs>(quads);
+      fill_winograd_tiles<Access::four, kPairs>(four);
       fill_winograd_tiles<Access::lanes, kPairs>(lanes);
     }
   };
@@ -364,7 +446,7 @@ inline const WinogradTiles& winograd_tiles(Access access) {
   switch (access) {
     case Access::broadcast: return all.broadcast;
     case Access::two: return all.two;
-    case Access::quads: return all.quads;
+    case Access::four: return all.four;
     default: return all.lanes;
   }
 }
@@ -382,7 +464,7 @@ struct WinogradPass {
   template <class S>
   RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, int64_t lines, const S& sink) const {
     const WinogradTiles& tiles = winograd_tiles(winograd_access(blocks));
-    alignas(64) float values[kRows * kWide][2 * kPairs * kLanes];
+    alignas(64) float values[kWide][kTall * 2 * kPairs * kLanes];
     const int64_t tile_count = ceil_div(input.pairs, kPairs);
     const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows * tile_count);
     for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
@@ -392,30 +474,37 @@ struct WinogradPass {
       Block block[kWide];
       for (int64_t i = 0; i < together; ++i) block[i] = blocks.block(b + i, groups);
       for (int64_t row = out.row, rows; row < out.row + out.rows; row += rows) {
-        rows = 1;
-        if (together > 1 && input.pairs <= kShortRow && row > 0) {
-          // inner rows, which have all three taps, whose inputs lie side by side in the ring
-          const int64_t inner = min(out.row + out.rows, p.H - 1) - row,
-                        in_ring = input.rows - (row - 1) % input.rows - 2;
-          rows = max(1, min(kRows, min(inner, in_ring)));
+        rows = min(kTall, out.row + out.rows - row);
+        const bool tall = together == 1 && rows >= kTallFrom && tiles.tall[1];
+        if (!tall) {
+          rows = 1;
+          if (together > 1 && input.pairs <= kShortRow && row > 0) {
+            // inner rows, which have all three taps, whose inputs lie side by side in the ring
+            const int64_t inner = min(out.row + out.rows, p.H - 1) - row,
+                          in_ring = input.rows - (row - 1) % input.rows - 2;
+            rows = max(1, min(kRows, min(inner, in_ring)));
+          }
         }
-        const WinogradTile* const by_pairs = together > 1 ? tiles.wide[rows] : tiles.by_pairs;
-        const int64_t first = max(row - 1, 0), tap_count = min(row + 1, p.H - 1) - first + 1;
-        RowTap taps[3];  // moves along the row
-        for (int64_t t = 0; t < tap_count; ++t)
-          taps[t] = {input.at(first + t, slot, 0), weight + (first + t - row + 1) * blocks.din * kPairFloats};
+        const WinogradTile* const by_pairs = tall ? tiles.tall : together > 1 ? tiles.wide[rows] : tiles.by_pairs;
+        RowTap taps[kTall + 2];  // moves along the row
+        int tap_count = 0;
+        for (int64_t from = row - 1; from <= row + (tall ? rows : 1); ++from) {
+          const bool inside = from >= 0 && from < p.H;
+          const int64_t ky = tall ? 0 : from - row + 1;
+          if (inside || tall)
+            taps[tap_count++] = {inside ? input.at(from, slot, 0) : nullptr, weight + ky * blocks.din * kPairFloats};
+        }
         for (int64_t tile = 0, begin = 0, end; tile < tile_count; ++tile, begin = end) {
           end = tile + 1 == tile_count ? input.pairs : (tile + 1) * input.pairs / tile_count;
           const int64_t column = out.column + 2 * begin;
           const int64_t count = min(2 * (end - begin), out.columns - 2 * begin);
-          ahead.fetch(together * rows * quota);
-          TileOut to[kRows * kWide];
-          for (int64_t i = 0; i < together * rows; ++i)
-            to[i] = sink.target(block[i / rows], row + i % rows, column, 1, count, values[i]);
-          by_pairs[end - begin](taps, (int)tap_count, input.slot_floats(), blocks.din, index, to);
-          for (int64_t i = 0; i < together * rows; ++i)
-            sink.finish(b + i / rows, block[i / rows], row + i % rows, column, 1, to[i]);
-          for (int64_t t = 0; t < tap_count; ++t) taps[t].input += (end - begin) * kPairFloats;
+          TileOut to[kWide];
+          for (int64_t i = 0; i < together; ++i) sink.target(to[i], block[i], row, rows, column, 1, count, values[i]);
+          by_pairs[end - begin](taps, tap_count, input.slot_floats(), blocks.din, index, to, ahead,
+                                together * rows * quota);
+          for (int64_t i = 0; i < together; ++i) sink.finish(b + i, block[i], row, rows, column, 1, to[i]);
+          for (int t = 0; t < tap_count; ++t)
+            if (taps[t].input) taps[t].input += (end - begin) * kPairFloats;
         }
       }
     }
@@ -449,20 +538,19 @@ struct WinogradWeightArgs {
   int64_t a_slot, e_slot, din;
 };
 
-// Input channels ci ... ci + I - 1 and B blocks of a group, or one of two groups. K products at a time: 16 sums.
-template <Access X, int I, int B, int K>
+// Input channels ci ... ci + I - 1 and kWide blocks of a group, one row of taps. K products at a time: 16 sums.
+template <int I, int K>
 void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
   static constexpr int order[4] = {0, 3, 1, 2};  // the first two multiply e itself
   const int64_t block_floats = 3 * args.din * kPairFloats;
-  const float* const first_v =
-      args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes * kSpread<X>;
+  const float* const first_v = args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes;
 #pragma GCC unroll 4
   for (int first = 0; first < 4; first += K) {
     const bool raw = first < 2;
     const int64_t step = raw ? 2 * kLanes : kPairFloats;
     const int64_t slot_floats = raw ? args.raw_e.slot_floats() : args.e.slot_floats();
     const float* const first_e = (raw ? args.raw_e.data : args.e.data) + args.e_slot * slot_floats;
-    Vec acc[K][B][I] = {};
+    Vec acc[K][kWide][I] = {};
     for (int run = 0; run < args.runs.count; ++run) {
       const PairRuns::Run& pairs = args.runs.runs[run];
       const float* v = first_v + pairs.a * kPairFloats;
@@ -472,14 +560,15 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
 #pragma GCC unroll 2
         for (int k = 0; k < K; ++k) {
           const int product = order[first + k];
-          Vec gradient[B];
+          Vec gradient[kWide];
 #pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) gradient[b] = load(e + b * slot_floats + (raw ? product / 3 : product) * kLanes);
+          for (int b = 0; b < kWide; ++b)
+            gradient[b] = load(e + b * slot_floats + (raw ? product / 3 : product) * kLanes);
 #pragma GCC unroll 16
           for (int i = 0; i < I; ++i) {
-            const Vec value = spread<X>(input + product * kLanes + i * kSpread<X>);
+            const Vec value = broadcast(input[product * kLanes + i]);
 #pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) acc[k][b][i] += value * gradient[b];
+            for (int b = 0; b < kWide; ++b) acc[k][b][i] += value * gradient[b];
           }
         }
       }
@@ -487,7 +576,7 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
 #pragma GCC unroll 2
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b)
+      for (int b = 0; b < kWide; ++b)
 #pragma GCC unroll 16
         for (int i = 0; i < I; ++i) {
           float* to = dweight + b * block_floats + (ci + i) * kPairFloats + order[first + k] * kLanes;
@@ -495,20 +584,96 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
         }
   }
 }
-template <Access X, int I, int B, int K>
+template <int I, int K>
 void winograd_weight_tiles(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
-  for (; ci + I <= args.din; ci += I) winograd_weight_tile<X, I, B, K>(args, ci, dweight);
+  for (; ci + I <= args.din; ci += I) winograd_weight_tile<I, K>(args, ci, dweight);
   if constexpr (I > 1)
-    if (ci < args.din) winograd_weight_tiles<X, I / 2, B, 2>(args, ci, dweight);
+    if (ci < args.din) winograd_weight_tiles<I / 2, 2>(args, ci, dweight);
 }
 
-// Several groups in a vector, permuted in registers: all four products, so that what is permuted is read once.
+// Where the rows of a step and the one above and below start in a ring, in pairs; -1 outside of the image.
+struct RingRows {
+  int64_t pair[kStepPixels / 4 + 2];  // rows have four pixels at least
+  int64_t count;
+
+  RingRows(const Pairs<4>& ring, const Window& rows, int64_t H) : count(rows.rows + 2) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = rows.row - 1 + i;
+      pair[i] = row < 0 || row >= H ? -1 : row % ring.rows * ring.pairs;
+    }
+  }
+};
+
+// What a row of pairs of V adds to the taps kFirst ... kLast, whose rows of e are e[ky].
+template <Access X, int kFirst, int kLast, int I>
+RK_INLINE void add_weight_row(Vec (&acc)[3][I], const float* v, const float* const* e, int64_t step, int64_t pairs) {
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const float* const input = fresh(v + pair * kPairFloats);
+    Vec gradient[3];
+#pragma GCC unroll 3
+    for (int ky = kFirst; ky <= kLast; ++ky) gradient[ky] = load(e[ky] + pair * step);
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i) {
+      const Vec value = spread<X>(input + i * kSpread<X>);
+#pragma GCC unroll 3
+      for (int ky = kFirst; ky <= kLast; ++ky) acc[ky][i] += value * gradient[ky];
+    }
+  }
+}
+
+// Input channels ci ... ci + I - 1 of one block, one product at a time: a value is spread once for the three rows of e
+// that it meets. Down the rows of V, whose neighbours in e are in the ring too; asks for `lines` for an input channel.
 template <Access X, int I>
+void winograd_tall_weight_tile(const WinogradWeightArgs& args, const RingRows& rows, int64_t ci, float* dweight,
+                               Ahead& ahead, int64_t lines) {
+  const float* const first_v =
+      args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes * kSpread<X>;
+  for (int product = 0; product < 4; ++product) {
+    const bool raw = product % 3 == 0;
+    const int64_t step = raw ? 2 * kLanes : kPairFloats;
+    const float* const first_e =
+        raw ? args.raw_e.at(0, args.e_slot, 0) + product / 3 * kLanes : args.e.at(0, args.e_slot, 0) + product * kLanes;
+    ahead.fetch(lines * I / 4);
+    Vec acc[3][I] = {};
+    for (int64_t row = 1; row + 1 < rows.count; ++row) {
+      const float* const v = first_v + product * kLanes + rows.pair[row] * kPairFloats;
+      const float* e[3];
+      for (int ky = 0; ky < 3; ++ky) {
+        const int64_t pair = rows.pair[row + 1 - ky];
+        e[ky] = pair < 0 ? nullptr : first_e + pair * step;
+      }
+      if (e[0] && e[2])
+        add_weight_row<X, 0, 2>(acc, v, e, step, args.a.pairs);
+      else if (e[0])
+        add_weight_row<X, 0, 1>(acc, v, e, step, args.a.pairs);
+      else if (e[2])
+        add_weight_row<X, 1, 2>(acc, v, e, step, args.a.pairs);
+      else
+        add_weight_row<X, 1, 1>(acc, v, e, step, args.a.pairs);
+    }
+#pragma GCC unroll 3
+    for (int ky = 0; ky < 3; ++ky)
+#pragma GCC unroll 8
+      for (int i = 0; i < I; ++i) {
+        float* const to = dweight + (ky * args.din + ci + i) * kPairFloats + product * kLanes;
+        store(to, load(to) + acc[ky][i]);
+      }
+  }
+}
+template <Access X, int I>
+void winograd_tall_weight_tiles(const WinogradWeightArgs& args, const RingRows& rows, int64_t ci, float* dweight,
+                                Ahead& ahead, int64_t lines) {
+  for (; ci + I <= args.din; ci += I) winograd_tall_weight_tile<X, I>(args, rows, ci, dweight, ahead, lines);
+  if constexpr (I > 1)
+    if (ci < args.din) winograd_tall_weight_tiles<X, I / 2>(args, rows, ci, dweight, ahead, lines);
+}
+
+// Other groups in a vector, permuted in registers: all four products, so that what is permuted is read once.
+template <int I>
 void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
   Vec acc[I][4] = {};
   IVec lanes[I] = {};
-  if (X == Access::lanes)
-    for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
+  for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
   for (int run = 0; run < args.runs.count; ++run) {
     const PairRuns::Run& pairs = args.runs.runs[run];
     const float* v = args.a.data + args.a_slot * args.a.slot_floats() + pairs.a * kPairFloats;
@@ -518,9 +683,9 @@ void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, 
       const Vec e[4] = {load(d), load(s + kLanes), load(s + 2 * kLanes), load(d + kLanes)};
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        const SpreadInput<X, 0> value(fresh(v + k * kLanes));
+        const Vec value = in_register(load(fresh(v + k * kLanes)));
 #pragma GCC unroll 8
-        for (int i = 0; i < I; ++i) acc[i][k] += value.at(i, lanes[i]) * e[k];
+        for (int i = 0; i < I; ++i) acc[i][k] += permute(value, lanes[i]) * e[k];
       }
     }
   }
@@ -533,7 +698,7 @@ void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, 
 }
 template <int I>
 void winograd_permuting_weight_tiles(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
-  for (; ci + I <= args.din; ci += I) winograd_permuting_weight_tile<Access::lanes, I>(args, ci, index, dweight);
+  for (; ci + I <= args.din; ci += I) winograd_permuting_weight_tile<I>(args, ci, index, dweight);
   if constexpr (I > 1)
     if (ci < args.din) winograd_permuting_weight_tiles<I / 2>(args, ci, index, dweight);
 }
@@ -550,20 +715,23 @@ inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blo
     return PairRuns(a, e, first, last - first, ky - 1);
   };
   const PairRuns runs[3] = {runs_of(0), runs_of(1), runs_of(2)};
+  const RingRows ring_rows(a, rows, p.H);
   for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
     together = blocks_together(blocks, b);
+    if (together == 1 && access != Access::lanes) {
+      const auto tiles = access == Access::broadcast ? winograd_tall_weight_tiles<Access::broadcast, 8>
+                         : access == Access::two     ? winograd_tall_weight_tiles<Access::two, 8>
+                                                     : winograd_tall_weight_tiles<Access::four, 4>;
+      const WinogradWeightArgs args{a, e, raw_e, runs[1], slots.first(blocks, b), b, blocks.din};
+      tiles(args, ring_rows, 0, dweight + 3 * b * blocks.din * kPairFloats, ahead, ceil_div(3 * quota, blocks.din));
+      continue;
+    }
     for (int64_t ky = 0; ky < 3; ++ky) {
       ahead.fetch(together * quota);
       const WinogradWeightArgs args{a, e, raw_e, runs[ky], slots.first(blocks, b), b, blocks.din};
       float* const to = dweight + (3 * b + ky) * blocks.din * kPairFloats;
-      if (access == Access::broadcast && together > 1)
-        winograd_weight_tiles<Access::broadcast, 16 / kWide, kWide, 1>(args, 0, to);
-      else if (access == Access::broadcast)
-        winograd_weight_tiles<Access::broadcast, 16, 1, 1>(args, 0, to);
-      else if (access == Access::two)
-        winograd_weight_tiles<Access::two, 8, 1, 2>(args, 0, to);
-      else if (access == Access::quads)
-        winograd_permuting_weight_tile<Access::quads, 4>(args, 0, index, to);
+      if (access == Access::broadcast)
+        winograd_weight_tiles<16 / kWide, 1>(args, 0, to);
       else
         winograd_permuting_weight_tiles<kPairInputs>(args, 0, index, to);
     }
