@@ -504,7 +504,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
                   void* out, float* mean, float* var, int num_threads) {
   constexpr bool winograd = form == Form::winograd, channel_pairs = form == Form::channel_pairs;
   const ConvProblem source = channel_pairs ? in_channel_pairs(p) : p;  // as x is read
-  const Plan plan(source, num_threads, winograd ? 0 : 1, winograd);
+  const Plan plan(source, num_threads, winograd ? 0 : 1, true);
   const Blocks all_blocks(source.din(), p.dout()), chunk_blocks(source.din(), plan.chunk_outputs);
   const Slots slots(p.din(), p.dout(), plan.chunk_groups);
 
