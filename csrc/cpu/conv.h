@@ -183,6 +183,37 @@ void pack_weight(const ConvProblem& p, const Blocks& blocks, bool transposed, in
   }
 }
 
+// U of one block that a group fills, forward, by slices of input channels whose taps stay in the first-level cache.
+// False if a weight is not finite.
+template <class T>
+bool pack_winograd_block(const ConvProblem& p, const Block& block, int64_t group, const T* weight, float* packed) {
+  const int64_t din = p.din(), row = 9 * din;
+  const T* first = weight + (group * p.dout() + block.out) * row;
+  alignas(64) float taps[9 * kLanes * kLanes];  // [tap][ci][lane] or [ci][tap][lane], as the weight lies
+  const int64_t tap = p.weight_channels_last ? kLanes * kLanes : kLanes;
+  const int64_t channel = p.weight_channels_last ? kLanes : 9 * kLanes;
+  Vec bad{};
+  for (int64_t ci = 0; ci < din; ci += kLanes) {
+    const int64_t inputs = min(kLanes, din - ci);
+    if (p.weight_channels_last)
+      for (int64_t t = 0; t < 9; ++t)
+        transpose_rows<T>(
+            block.lanes, inputs, [&](int64_t lane) { return first + lane * row + t * din + ci; },
+            [&](int64_t j) { return taps + (t * kLanes + j) * kLanes; });
+    else
+      transpose_rows<T>(
+          block.lanes, 9 * inputs, [&](int64_t lane) { return first + lane * row + 9 * ci; },
+          [&](int64_t j) { return taps + j * kLanes; });
+    for (int64_t ky = 0; ky < 3; ++ky) {
+      const float* g = taps + 3 * ky * tap;
+      float* u = packed + (ky * din + ci) * kLanes;
+      for (int64_t i = 0; i < inputs; ++i, g += channel, u += kLanes)
+        bad += transform_row({load(g), load(g + tap), load(g + 2 * tap)}, u, 3 * din * kLanes) * Vec{};
+    }
+  }
+  return !any_nan(bad);
+}
+
 // The same as U. False if a weight is not finite.
 template <class T>
 bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool transposed, int64_t group, int64_t groups,
@@ -190,6 +221,10 @@ bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool trans
   bool finite = true;
   for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * blocks.din * kPairFloats) {
     const Block block = blocks.block(b, groups);
+    if (!transposed && blocks.access() == Access::broadcast) {
+      finite &= pack_winograd_block(p, block, group, weight, packed);
+      continue;
+    }
     if (transposed)
       pack_transposed_block(p, block, group, weight, taps);
     else
@@ -489,8 +524,8 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
                   void* out, float* mean, float* var, int num_threads) {
   constexpr bool winograd = form == Form::winograd, channel_pairs = form == Form::channel_pairs;
   const ConvProblem source = channel_pairs ? in_channel_pairs(p) : p;  // as x is read
-  const Plan plan(source, num_threads, winograd ? 0 : 1);
-  const Blocks blocks(source.din(), p.dout());
+  const Plan plan(source, num_threads, winograd ? 0 : 1, true);
+  const Blocks all_blocks(source.din(), p.dout()), chunk_blocks(source.din(), plan.chunk_outputs);
   const Slots slots(p.din(), p.dout(), plan.chunk_groups);
 
   const int64_t pixel = staged_pixel(plan.chunk_groups * source.din());
@@ -498,10 +533,10 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   const Pairs<4> shape = winograd ? pairs_for(plan, slots.count, kStepFloats) : Pairs<4>{};
   // at least the taps of a block, which packing turns into another form
   const int64_t stage_floats = max(winograd ? shape.floats() : Staged::floats(largest, pixel), 9 * p.din() * kLanes);
-  const int64_t weight_floats = blocks.count(plan.chunk_groups) * blocks.din * (winograd ? 12 : 9) * kLanes;
-  const int64_t statistics_floats = mean ? blocks.count(plan.chunk_groups) * kStatisticsFloats : 0;
+  const int64_t weight_floats = chunk_blocks.count(plan.chunk_groups) * chunk_blocks.din * (winograd ? 12 : 9) * kLanes;
+  const int64_t statistics_floats = mean ? chunk_blocks.count(plan.chunk_groups) * kStatisticsFloats : 0;
   const Scratch scratch(num_threads, mean ? 2 * plan.splits * (2 * p.K + 1) : 0,
-                        blocks.index_floats() + statistics_floats + weight_floats + stage_floats);
+                        chunk_blocks.index_floats() + statistics_floats + weight_floats + stage_floats);
   double* const means = (double*)scratch.shared;
   double* const m2s = means + plan.splits * p.K;
   double* const counts = m2s + plan.splits * p.K;
@@ -509,27 +544,31 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
 
   for_items(
       plan, num_threads, [&](int64_t chunk, int64_t split, int64_t first_unit, int64_t last_unit, bool new_chunk) {
-        const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), channel = group * source.din();
+        const int64_t group = chunk / plan.parts * plan.chunk_groups, groups = plan.groups(p, chunk);
+        const int64_t channel = group * source.din(), output = chunk % plan.parts * plan.chunk_outputs;
+        const int64_t out_channel = group * p.dout() + output;
+        const Blocks blocks(source.din(), min(plan.chunk_outputs, p.dout() - output));
+        const T* const weights = (const T*)weight + output * 9 * p.din();
         IVec* index = (IVec*)scratch.mine();
         BlockStatistics* statistics = (BlockStatistics*)(scratch.mine() + blocks.index_floats());
         float* staged = scratch.mine() + blocks.index_floats() + statistics_floats;
         float* packed = staged + stage_floats;
         fill_index(blocks, winograd, index);
 
-        ForwardSink<T> sink{p, epilogue, (T*)out, group * p.dout(), statistics, nullptr, nullptr, {}};
+        ForwardSink<T> sink{p, epilogue, (T*)out, out_channel, statistics, nullptr, nullptr, {}};
         if (mean) {
-          sink.means = means + split * p.K + group * p.dout();
-          sink.m2s = m2s + split * p.K + group * p.dout();
-          for (int64_t k = 0; k < groups * p.dout(); ++k) sink.means[k] = sink.m2s[k] = 0;
+          sink.means = means + split * p.K + out_channel;
+          sink.m2s = m2s + split * p.K + out_channel;
+          for (int64_t k = 0; k < groups * blocks.dout; ++k) sink.means[k] = sink.m2s[k] = 0;
         }
-        sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), blocks, p.groups);
+        sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), all_blocks, p.groups);
         bool item_finite = true;
         if (new_chunk && winograd)
-          item_finite = pack_winograd_weight(p, blocks, false, group, groups, (const T*)weight, staged, packed);
+          item_finite = pack_winograd_weight(p, blocks, false, group, groups, weights, staged, packed);
         else if (new_chunk && channel_pairs)
-          pack_channel_pairs(p, blocks, group, groups, (const T*)weight, staged, packed);
+          pack_channel_pairs(p, blocks, group, groups, weights, staged, packed);
         else if (new_chunk)
-          pack_weight(p, blocks, false, group, groups, (const T*)weight, packed);
+          pack_weight(p, blocks, false, group, groups, weights, packed);
 
         for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
           const Window window = sink.window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);

@@ -1,7 +1,8 @@
 // How a grouped convolution is cut into work for one instruction set: vectors of channels, chunks, units, items.
 //
-// Work is cut into chunks (whole groups, about kChunkChannels channels) x units (an image's band of pixels). Items,
-// runs of units of one chunk, are what threads take; what an item computes does not depend on the thread.
+// Work is cut into chunks (whole groups, about kChunkChannels channels, or part of a wide group's output channels) x
+// units (an image's band of pixels). Items, runs of units of one chunk, are what threads take; what an item computes
+// does not depend on the thread.
 #pragma once
 
 #include <omp.h>
@@ -15,6 +16,7 @@ namespace resnext_kernels::cpu::RK_ISA {
 // ---- configuration
 constexpr int64_t kChunkChannels = 128;        // wide pieces of a pixel touch few memory pages at a time
 constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this, or one group
+constexpr int64_t kPartWeights = 64 * 1024;    // of one group's weights, if it is cut: 3 MiB with Winograd's products
 constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
 constexpr int64_t kBandColumns = 64;
 
@@ -79,16 +81,22 @@ inline int64_t staged_pixel(int64_t channels) {
 // ---- how the problem is cut into work
 struct Plan {
   int64_t chunk_groups, chunks;  // channels
+  int64_t parts, chunk_outputs;  // a chunk's output channels per group are one of `parts`
   int64_t rows, columns;         // of z, per unit
   int64_t row_bands, column_bands, units;
   int64_t splits;  // runs of units: the items of one chunk
 
   // `staged`: how many windows of a unit are in scratch memory at a time; 0: none, a unit can have any number of rows.
-  Plan(const ConvProblem& p, int num_threads, int staged) {
+  // `cut_groups`: a chunk may be part of a wide group's output channels, so that no thread packs all its weights.
+  Plan(const ConvProblem& p, int num_threads, int staged, bool cut_groups = false) {
     const int64_t width = max(p.din(), p.dout());
     const int64_t step = Blocks(p.din(), p.dout()).groups_per_block;
     chunk_groups = min(p.groups, round_up(max(1, min(kChunkChannels, kChunkWeights / width) / width), step));
-    chunks = ceil_div(p.groups, chunk_groups);
+    const bool cut = cut_groups && chunk_groups == 1 && p.din() >= kLanes;
+    chunk_outputs = cut ? max(2 * kLanes, kPartWeights / p.din()) : p.dout();
+    chunk_outputs = min(p.dout(), round_up(ceil_div(p.dout(), ceil_div(p.dout(), chunk_outputs)), 2 * kLanes));
+    parts = ceil_div(p.dout(), chunk_outputs);
+    chunks = ceil_div(p.groups, chunk_groups) * parts;
 
     const int64_t out_h = p.out_h(), out_w = p.out_w();
     column_bands = ceil_div(out_w, kBandColumns);
@@ -104,7 +112,7 @@ struct Plan {
   }
   int64_t items() const { return chunks * splits; }
   int64_t groups(const ConvProblem& p, int64_t chunk) const {
-    return min(chunk_groups, p.groups - chunk * chunk_groups);
+    return min(chunk_groups, p.groups - chunk / parts * chunk_groups);
   }
 };
 

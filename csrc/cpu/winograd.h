@@ -21,9 +21,10 @@
 //
 //     [slot][row][pair][V0 V1 V2 V3][lane]        slot: one vector of channels, whole groups or part of one
 //
-// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane]. Two or
-// four groups that share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads all values of an
-// input channel over their lanes.
+// so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane], or
+// where a group fills vectors [block][U0 U1 U2 U3][ky][ci][lane], for one product at a time. Two or four groups that
+// share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads all values of an input channel over
+// their lanes.
 #pragma once
 
 #include <type_traits>
@@ -43,7 +44,7 @@ constexpr int kTallFrom = 4;
 constexpr int kPairInputs = 4;               // input channels of a permuting dweight tile: four accumulators each
 constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
-constexpr int64_t kStepFloats = 64 * 1024;   // 256 KiB of V at a time
+constexpr int64_t kStepFloats = 80 * 1024;   // 320 KiB of V at a time
 
 // On narrower maps pairs save nothing: too many of their products are with padding.
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
@@ -52,6 +53,14 @@ inline Access winograd_access(const Blocks& blocks) {
   const int64_t groups = blocks.groups_per_block;
   return groups == 2 ? Access::two : groups == 4 ? Access::four : blocks.access();
 }
+
+// Floats from one product of a packed U to the next, and from one input channel.
+struct WeightSteps {
+  int64_t product, input;
+  WeightSteps(Access access, int64_t din)
+      : product(access == Access::broadcast ? 3 * din * kLanes : kLanes),
+        input(access == Access::broadcast ? kLanes : kPairFloats) {}
+};
 
 // How many groups are interleaved; 1: none.
 constexpr int interleaved_groups(Access access) { return access == Access::two ? 2 : access == Access::four ? 4 : 1; }
@@ -191,26 +200,34 @@ RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots&
   return !any_nan((bad[0] + bad[1]) + (bad[2] + bad[3]));
 }
 
+// U0 ... U3 of a row of taps, `product` floats apart. Returns U1, which is finite only if all taps are.
+RK_INLINE Vec transform_row(const Vec (&g)[3], float* u, int64_t product) {
+  const Vec outer = (g[0] + g[2]) * broadcast(0.5f), inner = g[1] * broadcast(0.5f), sum = outer + inner;
+  store(u, g[0]);
+  store(u + product, sum);
+  store(u + 2 * product, outer - inner);
+  store(u + 3 * product, g[2]);
+  return sum;
+}
+
 // U of one block from its packed taps [ci][ky][kx][lane]; `rotated` turns the kernel by 180 degrees. False if a weight
 // is not finite.
 inline bool transform_weight(const Blocks& blocks, const float* taps, bool rotated, float* to) {
-  const int interleave = interleaved_groups(winograd_access(blocks));
+  const Access access = winograd_access(blocks);
+  const WeightSteps steps(access, blocks.din);
+  const int interleave = interleaved_groups(access);
   const IVec order = interleaved(interleave, blocks.dout);
   Vec bad{};
   for (int64_t ci = 0; ci < blocks.din; ++ci) {
     for (int64_t ky = 0; ky < 3; ++ky, taps += 3 * kLanes) {
       Vec g[3];
       for (int kx = 0; kx < 3; ++kx) {
-        g[kx] = load(taps + kx * kLanes);
-        if (interleave > 1) g[kx] = permute(g[kx], order);
+        Vec& tap = g[rotated ? 2 - kx : kx];
+        tap = load(taps + kx * kLanes);
+        if (interleave > 1) tap = permute(tap, order);
       }
-      float* u = to + ((rotated ? 2 - ky : ky) * blocks.din + ci) * kPairFloats;
-      const Vec outer = (g[0] + g[2]) * broadcast(0.5f), inner = g[1] * broadcast(0.5f);
-      store(u, rotated ? g[2] : g[0]);
-      store(u + kLanes, outer + inner);
-      store(u + 2 * kLanes, outer - inner);
-      store(u + 3 * kLanes, rotated ? g[0] : g[2]);
-      bad += (outer + inner) * Vec{};
+      const int64_t row = (rotated ? 2 - ky : ky) * blocks.din + ci;
+      bad += transform_row(g, to + row * steps.input, steps.product) * Vec{};
     }
   }
   return !any_nan(bad);
@@ -233,19 +250,19 @@ RK_INLINE void put_side_by_side(Vec (&y)[A], const IVec& order) {
   for (int i = 0; i < A; ++i) y[i] = permute(y[i], lanes);
 }
 
-// One block, one row. All four products of an input channel at once, so the weights are read in the order of memory.
+// One block, one row. All four products of an input channel at once, for enough sums.
 template <Access X, int P>
 void winograd_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec* index,
-                   const TileOut* to, Ahead& ahead, int64_t lines) {
-  ahead.fetch(lines);
+                   const TileOut* to) {
+  const WeightSteps steps(X, din);
   Vec m[P][4] = {};
   for (int t = 0; t < tap_count; ++t) {
     const float* weight = taps[t].weight;
-    for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
+    for (int64_t ci = 0; ci < din; ++ci, weight += steps.input) {
       const float* input = fresh(taps[t].input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Vec u = load(weight + i * kLanes);
+        const Vec u = load(weight + i * steps.product);
 #pragma GCC unroll 8
         for (int pair = 0; pair < P; ++pair) m[pair][i] += u * spread<X>(input + pair * kPairFloats + i * kLanes);
       }
@@ -273,9 +290,9 @@ RK_INLINE void add_to_outputs(int i, Vec m, Vec& y0, Vec& y1) {
 template <Access X, int kFirst, int kLast, int P>
 RK_INLINE void add_input_row(Vec (&m)[3][P], const float* input, const float* weight, int64_t slot_floats,
                              int64_t din) {
-  const int64_t ky_floats = din * kPairFloats;
+  const int64_t step = WeightSteps(X, din).input, ky_floats = din * step;
   if (X == Access::four) din = 4;
-  for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
+  for (int64_t ci = 0; ci < din; ++ci, weight += step) {
     const float* const v = fresh(input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
     Vec u[3];
 #pragma GCC unroll 3
@@ -297,9 +314,10 @@ void winograd_tall_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
                         const TileOut* to, Ahead& ahead, int64_t lines) {
   const int rows = tap_count - 2;
   const int64_t lines_of_row = ceil_div(lines, 4 * tap_count);
+  const int64_t product = WeightSteps(X, din).product;
   const float* weight = taps[0].weight;
   Vec y[kTall][2 * P];
-  for (int i = 0; i < 4; ++i, weight += kLanes) {
+  for (int i = 0; i < 4; ++i, weight += product) {
     Vec m[3][P] = {};  // of the output rows r, r - 1, r - 2
     for (int r = 0; r < tap_count; ++r) {
       ahead.fetch(lines_of_row);
@@ -332,44 +350,71 @@ void winograd_tall_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
   }
 }
 
-// B blocks of a group: an input value is broadcast once for all of them. One product at a time, which leaves registers
-// for the sums of all blocks, and of R whole rows where rows are short; outputs wait in the first-level cache. The
-// results of block b go to to[b].
-template <int P, int B, int R>
-void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, int64_t din, const IVec*,
-                        const TileOut* to, Ahead& ahead, int64_t lines) {
-  ahead.fetch(lines);
-  const int64_t block_floats = 3 * din * kPairFloats;
-  Vec y[B][R][2 * P];
+// Whether the first of several rows lacks the taps of ky = 0, and the last one those of ky = 2.
+struct Edges {
+  bool top, bottom;
+};
+
+// Several blocks of a group: what the taps of one ky add to product i of the rows kFrom ... kTo - 1.
+template <int kFrom, int kTo, int P, int Q, int B, int R, int N>
+RK_INLINE void add_row_tap(Vec (&m)[B][R][N], int i, const RowTap& tap, int64_t slot_floats, int64_t din) {
+  if constexpr (kFrom < kTo && P > 0) {
+    const int64_t product_floats = 3 * din * kLanes;
+    const float* weight = tap.weight + i * product_floats;
+    for (int64_t ci = 0; ci < din; ++ci, weight += kLanes) {
+      const float* input = fresh(tap.input + i * kLanes + ci / kLanes * slot_floats + ci % kLanes);
+      Vec u[B];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    Vec m[B][R * P] = {};
-    for (int t = 0; t < tap_count; ++t) {
-      const float* weight = taps[t].weight + i * kLanes;
-      for (int64_t ci = 0; ci < din; ++ci, weight += kPairFloats) {
-        const float* input = fresh(taps[t].input + i * kLanes + ci / kLanes * slot_floats + ci % kLanes);
-        Vec u[B];
+      for (int b = 0; b < B; ++b) u[b] = load(weight + b * 4 * product_floats);
+#pragma GCC unroll 8
+      for (int r = kFrom; r < kTo; ++r) {
+#pragma GCC unroll 8
+        for (int pair = 0; pair < P; ++pair) {
+          const Vec v = broadcast(input[((r - kFrom) * Q + pair) * kPairFloats]);
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) u[b] = load(weight + b * block_floats);
-#pragma GCC unroll 16
-        for (int pair = 0; pair < R * P; ++pair) {
-          const Vec v = broadcast(input[pair * kPairFloats]);
-#pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) m[b][pair] += u[b] * v;
+          for (int b = 0; b < B; ++b) m[b][r][pair] += u[b] * v;
         }
       }
     }
+  }
+}
+template <int P, int Q, int B, int R, int N>
+RK_INLINE void add_row_taps(Vec (&m)[B][R][N], int i, const RowTap* taps, Edges edges, int64_t slot_floats,
+                            int64_t din) {
+  if (edges.top)
+    add_row_tap<1, R, P, Q>(m, i, taps[0], slot_floats, din);
+  else
+    add_row_tap<0, R, P, Q>(m, i, taps[0], slot_floats, din);
+  add_row_tap<0, R, P, Q>(m, i, taps[1], slot_floats, din);
+  if (edges.bottom)
+    add_row_tap<0, R - 1, P, Q>(m, i, taps[2], slot_floats, din);
+  else
+    add_row_tap<0, R, P, Q>(m, i, taps[2], slot_floats, din);
+}
+
+// B blocks of a group: an input value is broadcast once for all of them. One product at a time, which leaves registers
+// for the sums of all blocks, and of R rows of Q pairs where rows are short; outputs wait in the first-level cache.
+// taps[ky]: at the first row that has them. The results of block b go to to[b].
+template <int P, int B, int R, int Q>
+void winograd_wide_tile(const RowTap* taps, Edges edges, int64_t slot_floats, int64_t din, const TileOut* to) {
+  const bool odd = to[0].count < 2 * P;  // nobody needs the last y1, nor its m3
+  Vec y[B][R][2 * P];
+  for (int i = 0; i < 4; ++i) {
+    Vec m[B][R][P] = {};
+    if (i == 3 && odd)
+      add_row_taps<P - 1, Q>(m, i, taps, edges, slot_floats, din);
+    else
+      add_row_taps<P, Q>(m, i, taps, edges, slot_floats, din);
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b)
-#pragma GCC unroll 16
-      for (int pair = 0; pair < R * P; ++pair) {
-        Vec* const outputs = y[b][pair / P] + 2 * (pair % P);
-        add_to_outputs(i, m[b][pair], outputs[0], outputs[1]);
-      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int pair = 0; pair < P; ++pair) add_to_outputs(i, m[b][r][pair], y[b][r][2 * pair], y[b][r][2 * pair + 1]);
   }
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b)
-#pragma GCC unroll 3
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) emit(to[b], y[b][r], r);
 }
 
@@ -377,8 +422,7 @@ void winograd_wide_tile(const RowTap* taps, int tap_count, int64_t slot_floats, 
 // time, so that V, the sums and y fit.
 template <int P>
 void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t din, const IVec* index,
-                             const TileOut* to, Ahead& ahead, int64_t lines) {
-  ahead.fetch(lines);
+                             const TileOut* to) {
   Vec y[2 * P];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -403,15 +447,21 @@ void winograd_permuting_tile(const RowTap* taps, int tap_count, int64_t, int64_t
 }
 
 // A tile takes `kWide` blocks of a group where there are as many, and then up to kRows rows of at most kShortRow pairs.
+// The kMapRows rows of a 7x7 map are taken together, in pairs of pairs, where there are weights enough that reading
+// them less often counts.
 constexpr int kWide = 2, kRows = 3, kShortRow = 4;
+constexpr int kMapRows = 7, kMapPairs = 2, kMapInputs = 64;
 inline int64_t blocks_together(const Blocks& blocks, int64_t block) {
   return blocks.blocks_per_group - block % blocks.blocks_per_group >= kWide ? kWide : 1;
 }
 
-// `ahead`, `lines`: what to ask for meanwhile.
-using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*, Ahead&, int64_t lines);
-struct WinogradTiles {  // by pairs; wide ones by rows and pairs; tall ones null where groups are permuted
-  WinogradTile by_pairs[kPairs + 1], tall[kPairs + 1], wide[kRows + 1][kPairs + 1];
+using WinogradTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*);
+using WinogradTallTile = void (*)(const RowTap*, int, int64_t, int64_t, const IVec*, const TileOut*, Ahead&, int64_t);
+using WinogradWideTile = void (*)(const RowTap*, Edges, int64_t, int64_t, const TileOut*);
+struct WinogradTiles {
+  WinogradTile by_pairs[kPairs + 1];
+  WinogradTallTile tall[kPairs + 1];                // none where groups are permuted
+  WinogradWideTile wide[kMapRows + 1][kPairs + 1];  // by rows and pairs
 };
 template <Access X, int P>
 constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
@@ -423,11 +473,12 @@ constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
       tiles.by_pairs[P] = winograd_permuting_tile<P>;
     }
     if constexpr (X == Access::broadcast) {
-      tiles.wide[1][P] = winograd_wide_tile<P, kWide, 1>;
+      tiles.wide[1][P] = winograd_wide_tile<P, kWide, 1, P>;
       if constexpr (P <= kShortRow) {
-        tiles.wide[2][P] = winograd_wide_tile<P, kWide, 2>;
-        tiles.wide[3][P] = winograd_wide_tile<P, kWide, 3>;
+        tiles.wide[2][P] = winograd_wide_tile<P, kWide, 2, P>;
+        tiles.wide[3][P] = winograd_wide_tile<P, kWide, 3, P>;
       }
+      if constexpr (P <= kMapPairs) tiles.wide[kMapRows][P] = winograd_wide_tile<P, kWide, kMapRows, kShortRow>;
     }
     fill_winograd_tiles<X, P - 1>(tiles);
   }
@@ -461,12 +512,26 @@ struct WinogradPass {
   const float* packed;
   const IVec* index;
 
+  // How many rows from `row` on a wide tile takes: all they read lies side by side in the ring.
+  int64_t rows_together(const Window& out, const Pairs<4>& input, int64_t row) const {
+    const int64_t left = out.row + out.rows - row, first = max(row - 1, 0);
+    const auto fits = [&](int64_t rows) {
+      return rows <= left && min(row + rows + 1, p.H) - first <= input.rows - first % input.rows;
+    };
+    if (input.pairs > kShortRow) return 1;
+    if (input.pairs == kShortRow && blocks.din >= kMapInputs && fits(kMapRows)) return kMapRows;
+    int64_t rows = left == kRows + 1 ? kRows - 1 : kRows;  // rather 2 + 2 than 3 + 1
+    while (rows > 1 && !fits(rows)) --rows;
+    return rows;
+  }
+
   template <class S>
   RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, int64_t lines, const S& sink) const {
-    const WinogradTiles& tiles = winograd_tiles(winograd_access(blocks));
+    const Access access = winograd_access(blocks);
+    const WinogradTiles& tiles = winograd_tiles(access);
+    const int64_t weight_row = blocks.din * WeightSteps(access, blocks.din).input;
     alignas(64) float values[kWide][kTall * 2 * kPairs * kLanes];
-    const int64_t tile_count = ceil_div(input.pairs, kPairs);
-    const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows * tile_count);
+    const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows);
     for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
       together = blocks_together(blocks, b);
       const float* weight = packed + b * blocks.din * 3 * kPairFloats;
@@ -474,34 +539,33 @@ struct WinogradPass {
       Block block[kWide];
       for (int64_t i = 0; i < together; ++i) block[i] = blocks.block(b + i, groups);
       for (int64_t row = out.row, rows; row < out.row + out.rows; row += rows) {
-        rows = min(kTall, out.row + out.rows - row);
-        const bool tall = together == 1 && rows >= kTallFrom && tiles.tall[1];
-        if (!tall) {
-          rows = 1;
-          if (together > 1 && input.pairs <= kShortRow && row > 0) {
-            // inner rows, which have all three taps, whose inputs lie side by side in the ring
-            const int64_t inner = min(out.row + out.rows, p.H - 1) - row,
-                          in_ring = input.rows - (row - 1) % input.rows - 2;
-            rows = max(1, min(kRows, min(inner, in_ring)));
-          }
-        }
-        const WinogradTile* const by_pairs = tall ? tiles.tall : together > 1 ? tiles.wide[rows] : tiles.by_pairs;
+        const int64_t left = out.row + out.rows - row;
+        const bool tall = together == 1 && left >= kTallFrom && tiles.tall[1];
+        rows = together > 1 ? rows_together(out, input, row) : tall ? min(kTall, left) : 1;
+        const Edges edges{row == 0, row + rows == p.H};
         RowTap taps[kTall + 2];  // moves along the row
-        int tap_count = 0;
-        for (int64_t from = row - 1; from <= row + (tall ? rows : 1); ++from) {
-          const bool inside = from >= 0 && from < p.H;
-          const int64_t ky = tall ? 0 : from - row + 1;
-          if (inside || tall)
-            taps[tap_count++] = {inside ? input.at(from, slot, 0) : nullptr, weight + ky * blocks.din * kPairFloats};
+        const int tap_count = tall ? (int)rows + 2 : 3;
+        for (int t = 0; t < tap_count; ++t) {
+          const int64_t from = min(max(row - 1 + t, 0), p.H - 1);
+          taps[t] = {input.at(from, slot, 0), weight + (tall ? 0 : t * weight_row)};
+          if (tall && from != row - 1 + t) taps[t].input = nullptr;
         }
+        const int64_t tile_count = ceil_div(input.pairs, together > 1 && rows == kMapRows ? kMapPairs : kPairs);
+        const int64_t tile_lines = ceil_div(together * rows * quota, tile_count);
         for (int64_t tile = 0, begin = 0, end; tile < tile_count; ++tile, begin = end) {
           end = tile + 1 == tile_count ? input.pairs : (tile + 1) * input.pairs / tile_count;
           const int64_t column = out.column + 2 * begin;
           const int64_t count = min(2 * (end - begin), out.columns - 2 * begin);
           TileOut to[kWide];
           for (int64_t i = 0; i < together; ++i) sink.target(to[i], block[i], row, rows, column, 1, count, values[i]);
-          by_pairs[end - begin](taps, tap_count, input.slot_floats(), blocks.din, index, to, ahead,
-                                together * rows * quota);
+          if (!tall) ahead.fetch(tile_lines);
+          if (tall)
+            tiles.tall[end - begin](taps, tap_count, input.slot_floats(), blocks.din, index, to, ahead, tile_lines);
+          else if (together > 1)
+            tiles.wide[rows][end - begin](taps, edges, input.slot_floats(), blocks.din, to);
+          else
+            tiles.by_pairs[end - begin](taps + edges.top, 3 - edges.top - edges.bottom, input.slot_floats(), blocks.din,
+                                        index, to);
           for (int64_t i = 0; i < together; ++i) sink.finish(b + i, block[i], row, rows, column, 1, to[i]);
           for (int t = 0; t < tap_count; ++t)
             if (taps[t].input) taps[t].input += (end - begin) * kPairFloats;

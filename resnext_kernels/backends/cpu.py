@@ -1,8 +1,8 @@
 """The compiled CPU kernels (csrc/cpu), behind the contract of `reference`.
 
 One group (a dense convolution) is what torch's own convolution, oneDNN, is made for: it is used for
-groups == 1, with BatchNorm and ReLU around it from the compiled kernels, except where those compute
-with fewer multiplications and the weight is small (`_is_dense`).
+groups == 1, with BatchNorm and ReLU around it from the compiled kernels, where those do not compute
+with fewer multiplications, or oneDNN is faster even so (`_is_dense`).
 """
 
 from __future__ import annotations
@@ -81,18 +81,21 @@ def _m_and_c(z: Tensor) -> tuple[int, int]:
 
 # groups == 1: oneDNN's convolution -----------------------------------------------------------
 
-# C * K up to which the compiled kernels' F(2, 3) is faster than oneDNN: their loops reread the
-# weight, which has to stay in the cache. Measured at 64 (56x56), 128, 256 and 512 (7x7) channels.
-_FORWARD_LIMIT = 256 * 256
-_BACKWARD_LIMIT = 128 * 128
+# C * K from which on oneDNN is faster than the compiled kernels' F(2, 3), where it ever is.
+_DENSE_LIMIT = 256 * 256
 
 
-def _is_dense(x: Tensor, weight: Tensor, stride: int, dilation: int, limit: int) -> bool:
+def _is_dense(
+    x: Tensor, weight: Tensor, stride: int, dilation: int, backward: bool = False
+) -> bool:
     """Whether this convolution of one group is one for oneDNN."""
     fewer_multiplications = (
         stride == 1 and dilation == 1 and x.shape[3] >= 4 and _C.cpu_isa().startswith("avx512")
     )
-    return not fewer_multiplications or weight.numel() > 9 * limit
+    # Forward the compiled kernels are faster at 64 (56x56) to 2048 (7x7) channels, but in bfloat16,
+    # where it depends on the map; in float16 oneDNN takes many times as long, backward too.
+    limited = x.dtype == torch.bfloat16 or (backward and x.dtype == torch.float32)
+    return not fewer_multiplications or (limited and weight.numel() > 9 * _DENSE_LIMIT)
 
 
 def _dense_conv(
@@ -121,7 +124,7 @@ def conv_affine_relu(
 ) -> Tensor:
     """y = relu(scale * conv(x) + shift [+ residual])."""
     k = weight.shape[0]
-    if groups == 1 and _is_dense(x, weight, stride, dilation, _FORWARD_LIMIT):
+    if groups == 1 and _is_dense(x, weight, stride, dilation):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         _normalize_relu(z, scale, shift, residual, None, z)
         return z
@@ -191,7 +194,7 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(x), and the mean and biased variance of its channels if `stats`."""
     k = weight.shape[0]
-    if groups == 1 and _is_dense(x, weight, stride, dilation, _FORWARD_LIMIT):
+    if groups == 1 and _is_dense(x, weight, stride, dilation):
         z = _dense_conv(x, weight, prologue, stride, dilation)
         return (z, *batch_stats(z)) if stats else (z, _vector(0), _vector(0))
     problem, shape, strides = _problem(
@@ -457,7 +460,7 @@ def conv_backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
-    if groups == 1 and _is_dense(x, weight, stride, dilation, _BACKWARD_LIMIT):
+    if groups == 1 and _is_dense(x, weight, stride, dilation, backward=True):
         dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
         if prologue is not None and need_dweight:
             x = normalize_relu(x, *prologue)
