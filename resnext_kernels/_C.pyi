@@ -59,6 +59,8 @@ def conv1x1(
     shift: int,
     residual: int,
     y: int,
+    mean: int,
+    var: int,
     num_threads: int,
     /,
 ) -> None: ...
@@ -131,6 +133,7 @@ def bn_relu_backward(
     rstd: int,
     sum_g: int,
     sum_g_xhat: int,
+    g: int,
     num_threads: int,
     /,
 ) -> None: ...

@@ -15,6 +15,7 @@ __all__ = [
     "bn_relu_max_pool",
     "bottleneck",
     "conv1x1",
+    "conv1x1_stats",
     "conv_bn_relu",
     "grouped_conv_bn_relu",
 ]
@@ -139,6 +140,18 @@ def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: in
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{(z.shape[0], channels, 1, 1)}"
+        )
+
+
+def _check_stats(name: str, stats: Tensor | None, channels: int, z: Tensor) -> None:
+    """`stats` are those of `channels` channels, as a backend of z's dtype takes them."""
+    dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
+    if stats is None:
+        return
+    if stats.shape != (2, channels) or stats.dtype != dtype or stats.device != z.device:
+        raise ValueError(
+            f"{name} must be {dtype} of shape (2, {channels}) on {z.device}, got {stats.dtype} "
+            f"of shape {tuple(stats.shape)} on {stats.device}"
         )
 
 
@@ -384,7 +397,7 @@ def conv_bn_relu(
         groups,
         dilation,
         _backend(backend),
-    )
+    )[0]
 
 
 def _conv_bn_relu(
@@ -398,8 +411,10 @@ def _conv_bn_relu(
     groups: int,
     dilation: int,
     name: str,
-) -> Tensor:
-    """`conv_bn_relu` of arguments that are checked and cast."""
+    stats: bool = False,
+    x_stats: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`conv_bn_relu` of arguments that are checked and cast, and the result's statistics."""
     nhwc = any(_is_nhwc(t) for t in (x, weight, pointwise_weight) if t is not None)
     in_training = input_bn is not None and input_bn.training
     operands, in_operands = _operands(bn, x), _operands(input_bn, x)
@@ -423,9 +438,9 @@ def _conv_bn_relu(
             *_optional(residual, in_operands),
         )
         if pointwise_weight is not None:
-            y = ops.conv1x1(y, pointwise_weight, 1, name)
-        return y if nhwc else y.contiguous()
-    y, _, vectors, in_vectors = ops.conv_bn_relu(
+            y, _ = ops.conv1x1(y, pointwise_weight, 1, name, False)
+        return y if nhwc else y.contiguous(), None
+    y, _, vectors, in_vectors, y_stats = ops.conv_bn_relu(
         _nhwc(x),
         weight,
         *operands,
@@ -436,12 +451,14 @@ def _conv_bn_relu(
         groups,
         dilation,
         _backend_of_both_passes(name),
+        stats,
+        x_stats,
     )
     n, _, h, w = x.shape
     _update_running(bn, vectors, n * ((h - 1) // stride + 1) * ((w - 1) // stride + 1))
     if input_bn is not None:
         _update_running(input_bn, in_vectors, n * h * w)
-    return y if nhwc else y.contiguous()
+    return y if nhwc else y.contiguous(), y_stats if stats else None
 
 
 def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None = None) -> Tensor:
@@ -466,6 +483,35 @@ def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None =
     Raises:
         ValueError, TypeError: As `grouped_conv_bn_relu`, of x, weight, stride and backend.
     """
+    return _conv1x1(x, weight, stride, backend, False)[0]
+
+
+def conv1x1_stats(
+    x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`conv1x1`, and the statistics that a BatchNorm behind it needs in training.
+
+    Equivalent to z = conv1x1(x, weight) and torch.stack(torch.var_mean(z, (0, 2, 3), 0)[::-1]), but
+    taken while z is being computed.
+
+    Args:
+        x, weight, stride, backend: As of `conv1x1`.
+
+    Returns:
+        z, as of `conv1x1`, and its statistics for `bottleneck`: mean and biased variance, (2, K),
+        float32 (float64 for float64 x), not differentiable; None where conv1x1 is F.conv2d for x in
+        NCHW.
+
+    Raises:
+        As `conv1x1`.
+    """
+    return _conv1x1(x, weight, stride, backend, True)
+
+
+def _conv1x1(
+    x: Tensor, weight: Tensor, stride: int, backend: str | None, stats: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`conv1x1_stats`, or None in place of the statistics."""
     _check_image("x", x)
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -475,9 +521,9 @@ def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None =
     name = _backend_of_both_passes(_backend(backend))
     nhwc = _is_nhwc(x) or _is_nhwc(weight)
     if not nhwc and not name:
-        return torch.conv2d(x, weight, None, stride)
-    z = ops.conv1x1(_nhwc(x), weight, stride, name)
-    return z if nhwc else z.contiguous()
+        return torch.conv2d(x, weight, None, stride), None
+    z, z_stats = ops.conv1x1(_nhwc(x), weight, stride, name, stats)
+    return z if nhwc else z.contiguous(), z_stats if stats else None
 
 
 def _check_bn_relu(z: Tensor, bn: BatchNormState) -> int:
@@ -531,6 +577,8 @@ def _bn_relu(
     residual: Tensor | None,
     residual_bn: BatchNormState | None,
     name: str,
+    z_stats: Tensor | None = None,
+    residual_stats: Tensor | None = None,
 ) -> Tensor:
     """`bn_relu` of arguments that are checked."""
     nhwc = _is_nhwc(z)
@@ -547,6 +595,8 @@ def _bn_relu(
         None if residual is None else _nhwc(residual),
         *residual_operands,
         _backend_of_both_passes(name),
+        z_stats,
+        residual_stats,
     )
     n, _, h, w = z.shape
     count = n * h * w
@@ -611,6 +661,8 @@ def bottleneck(
     residual: Tensor,
     *,
     residual_bn: BatchNormState | None = None,
+    z_stats: Tensor | None = None,
+    residual_stats: Tensor | None = None,
     stride: int = 1,
     groups: int = 1,
     dilation: int = 1,
@@ -631,6 +683,8 @@ def bottleneck(
         pointwise_weight: (L, K, 1, 1), z's dtype.
         residual: y's shape; cast to the dtype that the convolutions give.
         residual_bn: BatchNorm of the residual (the downsampling branch), or None.
+        z_stats, residual_stats: What `conv1x1_stats` gave with z and the residual, for bn1 and
+            residual_bn in training; None: taken here.
 
     Returns:
         y, (N, L, (H - 1) // stride + 1, (W - 1) // stride + 1), in the memory format that the
@@ -655,6 +709,8 @@ def bottleneck(
     if residual_bn is not None:
         _check_bn(residual_bn, "residual_bn.", z, out_channels, count)
     _check_like("residual", residual, (n, out_channels, out_h, out_w), "z", z)
+    _check_stats("z_stats", z_stats, channels, z)
+    _check_stats("residual_stats", residual_stats, out_channels, z)
 
     states = [bn for bn in (bn1, bn2, bn3, residual_bn) if bn is not None]
     vectors = [vector for bn in states for vector in (bn.gamma, bn.beta)]
@@ -663,9 +719,10 @@ def bottleneck(
     )
     name = _backend(backend)
     last = pointwise_weight if separate else None
-    t = _conv_bn_relu(z, weight, bn2, bn1, None, last, stride, groups, dilation, name)
+    conv = stride, groups, dilation, name
+    t, t_stats = _conv_bn_relu(z, weight, bn2, bn1, None, last, *conv, bn3.training, z_stats)
     if separate:
-        return _bn_relu(t, bn3, residual, residual_bn, name)
+        return _bn_relu(t, bn3, residual, residual_bn, name, t_stats, residual_stats)
     nhwc = _is_nhwc(t) or _is_nhwc(pointwise_weight)
     y = ops.conv1x1_bn_relu_eval(
         t,

@@ -162,6 +162,17 @@ def conv1x1(conv: nn.Module, x: Tensor) -> Tensor:
     return functional.conv1x1(x, conv.weight, stride=conv.stride[0])
 
 
+def _conv1x1_bn(
+    conv: nn.Module, bn: nn.Module, x: Tensor
+) -> tuple[Tensor, Tensor | None, BatchNormState]:
+    """`conv1x1`, its statistics where `bn` needs them and it can take them, and bn's state."""
+    state = _state(bn)
+    if not state.training or not _is_pointwise(conv) or why_not_bypass(conv) is not None:
+        return conv1x1(conv, x), None, state
+    assert isinstance(conv, nn.Conv2d)
+    return *functional.conv1x1_stats(x, conv.weight, stride=conv.stride[0]), state
+
+
 def batch_norm_relu(
     bn: nn.Module,
     z: Tensor,
@@ -377,16 +388,19 @@ class FusedGroupedBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._ends_pointwise():
             return self._join(self._branch(x), x)
-        residual, residual_bn = self._shortcut(x)
+        z, z_stats, bn1 = _conv1x1_bn(self.conv1, self.bn1, x)
+        residual, residual_stats, residual_bn = self._shortcut(x)
         return functional.bottleneck(
-            conv1x1(self.conv1, x),
-            _state(self.bn1),
+            z,
+            bn1,
             self.conv2.weight,
             _state(self.bn2),
             self.conv3.weight,
             _state(self.bn3),
             residual,
-            residual_bn=None if residual_bn is None else _state(residual_bn),
+            residual_bn=residual_bn,
+            z_stats=z_stats,
+            residual_stats=residual_stats,
             stride=self.conv2.stride[0],
             groups=self.conv2.groups,
             dilation=self.conv2.dilation[0],
@@ -410,20 +424,22 @@ class FusedGroupedBottleneck(nn.Module):
         )
         return z if pointwise else conv1x1(self.conv3, z)
 
-    def _shortcut(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
-        """The residual, and the BatchNorm that is still to be applied to it."""
+    def _shortcut(self, x: Tensor) -> tuple[Tensor, Tensor | None, BatchNormState | None]:
+        """The residual, its statistics if taken, and the BatchNorm that is still to be applied."""
         shortcut = self.downsample
         if shortcut is None:
-            return x, None
+            return x, None, None
         if (
             type(shortcut) is nn.Sequential
             and len(shortcut) == 2
             and why_not_norm(shortcut[1]) is None
         ):
-            return conv1x1(shortcut[0], x), shortcut[1]
-        return shortcut(x), None
+            return _conv1x1_bn(shortcut[0], shortcut[1], x)
+        return shortcut(x), None, None
 
     def _join(self, z: Tensor, x: Tensor) -> Tensor:
         """relu(bn3(z) + downsample(x))."""
-        residual, residual_bn = self._shortcut(x)
-        return batch_norm_relu(self.bn3, z, residual=residual.to(z.dtype), residual_bn=residual_bn)
+        residual, _, residual_bn = self._shortcut(x)
+        return functional.bn_relu(
+            z, _state(self.bn3), residual=residual.to(z.dtype), residual_bn=residual_bn
+        )

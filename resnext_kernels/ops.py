@@ -202,9 +202,14 @@ def _combined_stats(
     return mean, var, total
 
 
-def _bn_vectors(kernels: ModuleType, z: Tensor, bn: BatchNorm) -> Tensor:
-    """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z."""
-    return _vectors(kernels, bn, kernels.batch_stats(z) if bn.training else None, _count(z))
+def _bn_vectors(
+    kernels: ModuleType, z: Tensor, bn: BatchNorm, stats: Tensor | None = None
+) -> Tensor:
+    """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z, of these `stats`."""
+    batch = None
+    if bn.training:
+        batch = kernels.batch_stats(z) if stats is None else (stats[0], stats[1])
+    return _vectors(kernels, bn, batch, _count(z))
 
 
 def _vectors(
@@ -254,9 +259,22 @@ def _relu_passes_everything(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(vectors[3]), torch.ones_like(vectors[4])
 
 
-def _masked(dy: Tensor, y: Tensor) -> Tensor:
-    """g: dy where the ReLU passed."""
-    return torch.ops.aten.threshold_backward(dy, y, 0)
+def _behind_residual(
+    kernels: ModuleType, dy: Tensor, z: Tensor, y: Tensor, vectors: Tensor, need_sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The residual's gradient g, and the sums that are dbeta and dgamma."""
+    if not need_sums:
+        return reference.masked(dy, y), None, None
+    return kernels.bn_residual_relu_backward(dy, z, y, vectors[0], vectors[2])
+
+
+def _conv1x1_stats(
+    kernels: ModuleType, stats: bool, x: Tensor, weight: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The 1x1 convolution, and the statistics of its result if asked for."""
+    if stats:
+        return kernels.conv1x1_stats(x, _dense(weight), **options)
+    return kernels.conv1x1(x, _dense(weight), **options), None
 
 
 def _given(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
@@ -285,6 +303,11 @@ def _fake_conv(x: Tensor, channels: int, stride: int) -> Tensor:
 def _fake_vectors(z: Tensor, bn: BatchNorm) -> Tensor:
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     return z.new_empty((5, z.shape[1]) if bn.eps is not None else 0, dtype=dtype)
+
+
+def _fake_stats(z: Tensor, stats: bool) -> Tensor:
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return z.new_empty((2, z.shape[1]) if stats else 0, dtype=dtype)
 
 
 # Gradients of gradients ----------------------------------------------------------------------
@@ -439,6 +462,8 @@ class _ConvBNReLU(NamedTuple):
     groups: int
     dilation: int
     backend: str
+    stats: bool
+    x_stats: Tensor | None
 
     @classmethod
     def of(cls, args: tuple) -> _ConvBNReLU:
@@ -446,10 +471,12 @@ class _ConvBNReLU(NamedTuple):
 
 
 def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    bn, residual, in_bn, pointwise_weight, stride, groups, dilation, backend = _ConvBNReLU.of(args)
+    bn, residual, in_bn, pointwise_weight, stride, groups, dilation, backend, stats, x_stats = (
+        _ConvBNReLU.of(args)
+    )
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
     x = _nhwc(x)
-    in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn)
+    in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn, x_stats)
     z, *batch = kernels.conv_stats(
         x,
         _dense(weight),
@@ -460,24 +487,27 @@ def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
         stats=bn.training,
     )
     vectors = _vectors(kernels, bn, batch if bn.training else None, _count(z))
+    y_stats = None
     if pointwise_weight is None:
         y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
     else:
-        y = kernels.conv1x1(z, _dense(pointwise_weight), prologue=_affine(vectors))
-    return y, z, *_given(vectors, vectors, in_vectors)
+        y, y_stats = _conv1x1_stats(kernels, stats, z, pointwise_weight, prologue=_affine(vectors))
+    return y, z, *_given(vectors, vectors, in_vectors, y_stats)
 
 
 def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    bn, _, in_bn, pointwise_weight, stride, *_ = _ConvBNReLU.of(args)
+    bn, _, in_bn, pointwise_weight, stride, *_, stats, _ = _ConvBNReLU.of(args)
     z = _fake_conv(x, weight.shape[0], stride)
     y = _fake_conv(z, (weight if pointwise_weight is None else pointwise_weight).shape[0], 1)
-    return y, z, _fake_vectors(z, bn), _fake_vectors(x, in_bn)
+    stats = stats and pointwise_weight is not None
+    return y, z, _fake_vectors(z, bn), _fake_vectors(x, in_bn), _fake_stats(y, stats)
 
 
 conv_bn_relu = _register(
     f"conv_bn_relu(Tensor x, Tensor weight, {_schema_of_bn()}, Tensor? residual, "
     f"{_schema_of_bn('in_')}, Tensor? pointwise_weight, int stride, int groups, int dilation, "
-    "str backend) -> (Tensor y, Tensor z, Tensor vectors, Tensor in_vectors)",
+    "str backend, bool stats, Tensor? x_stats) "
+    "-> (Tensor y, Tensor z, Tensor vectors, Tensor in_vectors, Tensor y_stats)",
     _conv_bn_relu,
     _conv_bn_relu_fake,
 )
@@ -505,16 +535,16 @@ def _conv_bn_relu_backward(
     need_x, need_weight, need_affine, need_residual, need_in_affine, need_pointwise = needs
     need_input = need_x or need_in_affine
     need_dz = need_input or need_weight
+    need_sums = need_affine or (training and need_dz)
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
     dx = dweight = dgamma = dbeta = dresidual = din_gamma = din_beta = dpointwise = None
     dy, x = _nhwc(dy), _nhwc(x)
     mean, _, rstd, scale, shift = vectors.unbind()
     if need_residual:
         assert y is not None
-        dresidual = _masked(dy, y)
-        if need_dz or need_affine:
-            dy, y = dresidual, None
-            scale, shift = _relu_passes_everything(vectors)
+        dresidual, dbeta, dgamma = _behind_residual(kernels, dy, z, y, vectors, need_sums)
+        dy, y = dresidual, None
+        scale, shift = _relu_passes_everything(vectors)
     if pointwise_weight is not None:
         da, dpointwise = kernels.conv1x1_backward(
             dy,
@@ -525,7 +555,7 @@ def _conv_bn_relu_backward(
             need_dweight=need_pointwise,
         )
         dy = dy if da is None else da
-    if need_affine or (training and need_dz):
+    if need_sums and dbeta is None:
         dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
     if need_dz:
         dz = _gradient_vectors(kernels, dbeta, dgamma, vectors, _count(z), training, group)
@@ -596,9 +626,11 @@ conv_bn_relu_backward = _register(
 
 def _conv_bn_relu_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, *args = inputs
-    bn, residual, in_bn, pointwise_weight, *ctx.conv, ctx.backend = _ConvBNReLU.of(tuple(args))
-    y, z, vectors, in_vectors = output
-    ctx.mark_non_differentiable(z, vectors, in_vectors)
+    bn, residual, in_bn, pointwise_weight, *ctx.conv, ctx.backend, _, _ = _ConvBNReLU.of(
+        tuple(args)
+    )
+    y, z, vectors, in_vectors, y_stats = output
+    ctx.mark_non_differentiable(z, vectors, in_vectors, y_stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x,
@@ -681,12 +713,13 @@ _register_autograd(conv_bn_relu, "ConvBNReLU", _conv_bn_relu_setup, _conv_bn_rel
 
 def _bn_relu(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
     bn, residual, residual_bn, backend = _bn_relu_arguments(args)
+    stats, residual_stats = args[14:]
     kernels = _serving_bn(z, True, backend)
     z, residual = _nhwc(z), _maybe_nhwc(residual)
-    vectors = _bn_vectors(kernels, z, bn)
+    vectors = _bn_vectors(kernels, z, bn, stats)
     residual_vectors = None
     if residual is not None and residual_bn.eps is not None:
-        residual_vectors = _bn_vectors(kernels, residual, residual_bn)
+        residual_vectors = _bn_vectors(kernels, residual, residual_bn, residual_stats)
     y = kernels.normalize_relu(
         z,
         *_affine(vectors),
@@ -707,7 +740,8 @@ def _bn_relu_fake(z: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 bn_relu = _register(
     f"bn_relu(Tensor z, {_schema_of_bn()}, Tensor? residual, {_schema_of_bn('residual_')}, "
-    "str backend) -> (Tensor y, Tensor vectors, Tensor residual_vectors)",
+    "str backend, Tensor? z_stats, Tensor? residual_stats) "
+    "-> (Tensor y, Tensor vectors, Tensor residual_vectors)",
     _bn_relu,
     _bn_relu_fake,
 )
@@ -732,12 +766,13 @@ def _bn_relu_backward(
     dz = dgamma = dbeta = dresidual = dresidual_gamma = dresidual_beta = None
     dy, z, count = _nhwc(dy), _nhwc(z), _count(z)
     mean, _, rstd, scale, shift = vectors.unbind()
+    need_sums = need_affine or (training and need_z)
     if need_residual or need_residual_affine:
         assert y is not None
-        dy = dresidual = _masked(dy, y)
-        y = None
+        dresidual, dbeta, dgamma = _behind_residual(kernels, dy, z, y, vectors, need_sums)
+        dy, y = dresidual, None
         scale, shift = _relu_passes_everything(vectors)
-    if need_affine or (training and need_z):
+    elif need_sums:
         dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
     if need_z:
         a, b, c = _gradient_vectors(kernels, dbeta, dgamma, vectors, count, training, group)
@@ -972,15 +1007,26 @@ _register_autograd(
 # conv1x1: the dense 1x1 convolution -----------------------------------------------------------
 
 
-def _conv1x1(x: Tensor, weight: Tensor, stride: int, backend: str) -> Tensor:
+def _conv1x1(
+    x: Tensor, weight: Tensor, stride: int, backend: str, stats: bool
+) -> tuple[Tensor, ...]:
     kernels = _serving_bn(x, True, backend)
-    return kernels.conv1x1(_nhwc(x), _dense(weight), stride=stride)
+    z, z_stats = _conv1x1_stats(kernels, stats, _nhwc(x), weight, stride=stride)
+    return z, _fake_stats(z, False) if z_stats is None else z_stats
+
+
+def _conv1x1_fake(
+    x: Tensor, weight: Tensor, stride: int, backend: str, stats: bool
+) -> tuple[Tensor, ...]:
+    z = _fake_conv(x, weight.shape[0], stride)
+    return z, _fake_stats(z, stats)
 
 
 conv1x1 = _register(
-    "conv1x1(Tensor x, Tensor weight, int stride, str backend) -> Tensor",
+    "conv1x1(Tensor x, Tensor weight, int stride, str backend, bool stats) "
+    "-> (Tensor z, Tensor z_stats)",
     _conv1x1,
-    lambda x, weight, stride, _: _fake_conv(x, weight.shape[0], stride),
+    _conv1x1_fake,
 )
 
 
@@ -1017,8 +1063,10 @@ conv1x1_backward = _register(
 )
 
 
-def _conv1x1_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, ctx.stride, ctx.backend = inputs
+def _conv1x1_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, ctx.stride, ctx.backend, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight)
 
 
@@ -1064,10 +1112,13 @@ def _conv_bn_relu_backward_flops(dy: Any, x: Any, weight: Any, z: Any, *args: An
     return flops
 
 
-@register_flop_formula(
-    [torch.ops.resnext_kernels.conv1x1, torch.ops.resnext_kernels.conv1x1_bn_relu_eval]
-)
+@register_flop_formula(torch.ops.resnext_kernels.conv1x1)
 def _conv1x1_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flop_count(x, weight, out_shape[0])
+
+
+@register_flop_formula(torch.ops.resnext_kernels.conv1x1_bn_relu_eval)
+def _conv1x1_bn_relu_eval_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return conv_flop_count(x, weight, out_shape)
 
 

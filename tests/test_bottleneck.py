@@ -23,6 +23,7 @@ from resnext_kernels.functional import (
     bn_relu,
     bottleneck,
     conv1x1,
+    conv1x1_stats,
     conv_bn_relu,
 )
 
@@ -335,10 +336,17 @@ def test_bottleneck_in_eval(conv: dict[str, int], residual_bn: bool, target: Tar
 @each_block
 @with_residual_bn
 def test_bottleneck_in_training(conv: dict[str, int], residual_bn: bool, target: Target) -> None:
-    """The very bits of conv_bn_relu and bn_relu, which are held to float64 by themselves."""
+    """As exact as conv_bn_relu and bn_relu, which are held to float64 by themselves.
+
+    The very bits, but that a backend may take the statistics of z while it computes z.
+    """
     require_block(target, conv)
     block = make_block(conv)
     one, two = (block.to(target.device, target.dtype) for _ in range(2))
+    three = block.to(torch.float64)
+    exacts = [v.requires_grad_() for v in three.leaves(residual_bn)]
+    truth = torchs(three, conv, True, residual_bn)
+    truths = torch.autograd.grad(truth, exacts, three.dy)
     leaves = [[v.requires_grad_() for v in t.leaves(residual_bn)] for t in (one, two)]
     y = ours(one, conv, True, residual_bn, target.backend)
     bn1, bn2, bn3, bn4 = states(two, True)
@@ -351,14 +359,40 @@ def test_bottleneck_in_training(conv: dict[str, int], residual_bn: bool, target:
         residual_bn=bn4 if residual_bn else None,
         backend=target.backend,
     )
-    assert torch.equal(y, expected)
-    pairs = zip(
-        torch.autograd.grad(y, leaves[0], one.dy),
-        torch.autograd.grad(expected, leaves[1], two.dy),
-        strict=True,
-    )
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert all(torch.equal(a, b) for a, b in zip(one.bns, two.bns, strict=True))
+    found = [y, *torch.autograd.grad(y, leaves[0], one.dy), *one.bns]
+    peers = [expected, *torch.autograd.grad(expected, leaves[1], two.dy), *two.bns]
+    for i, (actual, t, peer) in enumerate(
+        zip(found, [truth, *truths, *three.bns], peers, strict=True)
+    ):
+        assert_as_exact_as_torch(f"{i}", actual, t, peer, floor(actual.dtype, largest(t)))
+
+
+@with_residual_bn
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bottleneck_takes_statistics(memory_format: torch.memory_format, residual_bn: bool) -> None:
+    """Of conv1x1_stats: in float64 to its roundings, as without, gradients of weights included."""
+    results = []
+    for given in BOTH:
+        torch.manual_seed(0)
+        t = make_block(CONV).to(torch.float64)
+        x = integers(2, 2, 48, 6, 7).contiguous(memory_format=memory_format)
+        weights = [torch.randn(k, 48, 1, 1).double() for k in (32, 64)]
+        leaves = [v.requires_grad_() for v in (x, *weights, *t.leaves(residual_bn)[1:3])]
+        (t.z, z_stats), (t.residual, stats) = (conv1x1_stats(x, weight) for weight in weights)
+        nhwc = memory_format is torch.channels_last
+        assert [s is None for s in (z_stats, stats)] == [not nhwc] * 2
+        bn1, bn2, bn3, bn4 = states(t, True)
+        y = bottleneck(
+            *(t.z, bn1, t.weight, bn2, t.pointwise, bn3, t.residual),
+            residual_bn=bn4 if residual_bn else None,
+            z_stats=z_stats if given else None,
+            residual_stats=stats if given else None,
+            **CONV,
+        )
+        results.append([y, *torch.autograd.grad(y, leaves, t.dy), *t.bns])
+    for actual, expected in zip(*results, strict=True):
+        tolerance = floor(torch.float64, largest(expected))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 @each_block

@@ -164,7 +164,7 @@ for vector in ("gamma", "beta", "running_mean", "running_var"):
 
 
 FUNCTIONS = ("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats", "conv1x1")
-FUNCTIONS += ("conv1x1_affine_relu", "bn_affine", "bn_vectors")
+FUNCTIONS += ("conv1x1_stats", "conv1x1_affine_relu", "bn_affine", "bn_vectors")
 
 
 @pytest.fixture
@@ -370,6 +370,21 @@ BAD_BOTTLENECK: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         {"residual": torch.randn(2, 32, 5, 6, device="meta")},
         ValueError,
         ["residual", "meta", "cpu"],
+    ),
+    "z_stats of a vector": (
+        {"z_stats": torch.ones(16)},
+        ValueError,
+        ["z_stats", "(16,)", "(2, 16)"],
+    ),
+    "residual_stats of other channels": (
+        {"residual_stats": torch.ones(2, 16)},
+        ValueError,
+        ["residual_stats", "(2, 16)", "(2, 32)"],
+    ),
+    "z_stats of another dtype": (
+        {"z_stats": torch.ones(2, 16).double()},
+        ValueError,
+        ["z_stats", "float64", "float32"],
     ),
     "stride 0": ({"stride": 0}, ValueError, ["stride", "0", "at least 1"]),
     "unknown backend": ({"backend": "gpu"}, ValueError, ["backend", "'gpu'", "'cpu'"]),

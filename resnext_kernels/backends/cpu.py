@@ -200,6 +200,7 @@ def _conv1x1(
     prologue: Affine | None,
     affine: Affine | None,
     residual: Tensor | None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     n, _, h, w = x.shape
     k = weight.shape[0]
@@ -213,6 +214,7 @@ def _conv1x1(
         *_ptrs(affine),
         _ptr(residual),
         y.data_ptr(),
+        *_ptrs(None if stats is None else (stats[0], stats[1])),
         torch.get_num_threads(),
     )
     return y
@@ -227,6 +229,17 @@ def conv1x1(
     if prologue is not None:
         x = normalize_relu(x, *prologue)
     return reference.conv1x1(x, weight, stride=stride)
+
+
+def conv1x1_stats(
+    x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
+) -> tuple[Tensor, Tensor]:
+    """z = conv1x1(x), and the mean and biased variance of its channels, (2, K)."""
+    if not _is_compiled_conv1x1(x, weight):
+        z = conv1x1(x, weight, prologue=prologue, stride=stride)
+        return z, torch.stack(batch_stats(z))
+    stats = torch.empty((2, weight.shape[0]), dtype=torch.float32)
+    return _conv1x1(_strided(x, stride), weight, prologue, None, None, stats), stats
 
 
 def conv1x1_affine_relu(
@@ -353,6 +366,26 @@ def bn_relu_backward(
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    return _bn_relu_backward(dy, z, (scale, shift), mean, rstd, y, None)
+
+
+def bn_residual_relu_backward(
+    dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y."""
+    g = torch.empty_like(z, memory_format=torch.channels_last)
+    return g, *_bn_relu_backward(dy, z, None, mean, rstd, y, g)
+
+
+def _bn_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    affine: Affine | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     m, c = _m_and_c(z)
     sum_g, sum_g_xhat = _vector(c), _vector(c)
     _C.bn_relu_backward(
@@ -361,13 +394,13 @@ def bn_relu_backward(
         c,
         dy.data_ptr(),
         z.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
+        *_ptrs(affine),
         _ptr(y),
         mean.data_ptr(),
         rstd.data_ptr(),
         sum_g.data_ptr(),
         sum_g_xhat.data_ptr(),
+        _ptr(g),
         torch.get_num_threads(),
     )
     return sum_g, sum_g_xhat
