@@ -68,8 +68,8 @@ void conv1x1(int64_t M, int64_t C, int64_t K, Pointer x, Pointer in_scale, Point
 }
 
 void conv1x1_backward(int64_t M, int64_t C, int64_t K, Pointer dz, Pointer x, Pointer in_scale, Pointer in_shift,
-                      Pointer weight, Pointer da, Pointer dweight, int num_threads) {
-  cpu::kernels().conv1x1_backward(M, C, K, vec(dz), vec(x), affine(in_scale, in_shift), vec(weight), out_vec(da),
+                      Pointer weight, Pointer da, bool add, Pointer dweight, int num_threads) {
+  cpu::kernels().conv1x1_backward(M, C, K, vec(dz), vec(x), affine(in_scale, in_shift), vec(weight), out_vec(da), add,
                                   out_vec(dweight), num_threads);
 }
 

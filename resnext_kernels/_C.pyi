@@ -74,6 +74,7 @@ def conv1x1_backward(
     in_shift: int,
     weight: int,
     da: int,
+    add: bool,
     dweight: int,
     num_threads: int,
     /,

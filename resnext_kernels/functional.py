@@ -15,7 +15,6 @@ __all__ = [
     "bn_relu_max_pool",
     "bottleneck",
     "conv1x1",
-    "conv1x1_stats",
     "conv_bn_relu",
     "grouped_conv_bn_relu",
 ]
@@ -140,18 +139,6 @@ def _check_bn(bn: BatchNormState, name: str, z: Tensor, channels: int, count: in
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{(z.shape[0], channels, 1, 1)}"
-        )
-
-
-def _check_stats(name: str, stats: Tensor | None, channels: int, z: Tensor) -> None:
-    """`stats` are those of `channels` channels, as a backend of z's dtype takes them."""
-    dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
-    if stats is None:
-        return
-    if stats.shape != (2, channels) or stats.dtype != dtype or stats.device != z.device:
-        raise ValueError(
-            f"{name} must be {dtype} of shape (2, {channels}) on {z.device}, got {stats.dtype} "
-            f"of shape {tuple(stats.shape)} on {stats.device}"
         )
 
 
@@ -397,7 +384,7 @@ def conv_bn_relu(
         groups,
         dilation,
         _backend(backend),
-    )[0]
+    )
 
 
 def _conv_bn_relu(
@@ -411,10 +398,8 @@ def _conv_bn_relu(
     groups: int,
     dilation: int,
     name: str,
-    stats: bool = False,
-    x_stats: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`conv_bn_relu` of arguments that are checked and cast, and the result's statistics."""
+) -> Tensor:
+    """`conv_bn_relu` of arguments that are checked and cast."""
     nhwc = any(_is_nhwc(t) for t in (x, weight, pointwise_weight) if t is not None)
     in_training = input_bn is not None and input_bn.training
     operands, in_operands = _operands(bn, x), _operands(input_bn, x)
@@ -438,9 +423,9 @@ def _conv_bn_relu(
             *_optional(residual, in_operands),
         )
         if pointwise_weight is not None:
-            y, _ = ops.conv1x1(y, pointwise_weight, 1, name, False)
-        return y if nhwc else y.contiguous(), None
-    y, _, vectors, in_vectors, y_stats = ops.conv_bn_relu(
+            y = ops.conv1x1(y, pointwise_weight, 1, name)
+        return y if nhwc else y.contiguous()
+    y, _, vectors, in_vectors = ops.conv_bn_relu(
         _nhwc(x),
         weight,
         *operands,
@@ -451,14 +436,12 @@ def _conv_bn_relu(
         groups,
         dilation,
         _backend_of_both_passes(name),
-        stats,
-        x_stats,
     )
     n, _, h, w = x.shape
     _update_running(bn, vectors, n * ((h - 1) // stride + 1) * ((w - 1) // stride + 1))
     if input_bn is not None:
         _update_running(input_bn, in_vectors, n * h * w)
-    return y if nhwc else y.contiguous(), y_stats if stats else None
+    return y if nhwc else y.contiguous()
 
 
 def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None = None) -> Tensor:
@@ -483,35 +466,6 @@ def conv1x1(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None =
     Raises:
         ValueError, TypeError: As `grouped_conv_bn_relu`, of x, weight, stride and backend.
     """
-    return _conv1x1(x, weight, stride, backend, False)[0]
-
-
-def conv1x1_stats(
-    x: Tensor, weight: Tensor, *, stride: int = 1, backend: str | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`conv1x1`, and the statistics that a BatchNorm behind it needs in training.
-
-    Equivalent to z = conv1x1(x, weight) and torch.stack(torch.var_mean(z, (0, 2, 3), 0)[::-1]), but
-    taken while z is being computed.
-
-    Args:
-        x, weight, stride, backend: As of `conv1x1`.
-
-    Returns:
-        z, as of `conv1x1`, and its statistics for `bottleneck`: mean and biased variance, (2, K),
-        float32 (float64 for float64 x), not differentiable; None where conv1x1 is F.conv2d for x in
-        NCHW.
-
-    Raises:
-        As `conv1x1`.
-    """
-    return _conv1x1(x, weight, stride, backend, True)
-
-
-def _conv1x1(
-    x: Tensor, weight: Tensor, stride: int, backend: str | None, stats: bool
-) -> tuple[Tensor, Tensor | None]:
-    """`conv1x1_stats`, or None in place of the statistics."""
     _check_image("x", x)
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -521,9 +475,9 @@ def _conv1x1(
     name = _backend_of_both_passes(_backend(backend))
     nhwc = _is_nhwc(x) or _is_nhwc(weight)
     if not nhwc and not name:
-        return torch.conv2d(x, weight, None, stride), None
-    z, z_stats = ops.conv1x1(_nhwc(x), weight, stride, name, stats)
-    return z if nhwc else z.contiguous(), z_stats if stats else None
+        return torch.conv2d(x, weight, None, stride)
+    z = ops.conv1x1(_nhwc(x), weight, stride, name)
+    return z if nhwc else z.contiguous()
 
 
 def _check_bn_relu(z: Tensor, bn: BatchNormState) -> int:
@@ -577,8 +531,6 @@ def _bn_relu(
     residual: Tensor | None,
     residual_bn: BatchNormState | None,
     name: str,
-    z_stats: Tensor | None = None,
-    residual_stats: Tensor | None = None,
 ) -> Tensor:
     """`bn_relu` of arguments that are checked."""
     nhwc = _is_nhwc(z)
@@ -595,8 +547,6 @@ def _bn_relu(
         None if residual is None else _nhwc(residual),
         *residual_operands,
         _backend_of_both_passes(name),
-        z_stats,
-        residual_stats,
     )
     n, _, h, w = z.shape
     count = n * h * w
@@ -652,77 +602,125 @@ def bn_relu_max_pool(
 
 
 def bottleneck(
-    z: Tensor,
+    x: Tensor,
+    first_weight: Tensor,
     bn1: BatchNormState,
     weight: Tensor,
     bn2: BatchNormState,
     pointwise_weight: Tensor,
     bn3: BatchNormState,
-    residual: Tensor,
+    residual: Tensor | None = None,
     *,
+    residual_weight: Tensor | None = None,
     residual_bn: BatchNormState | None = None,
-    z_stats: Tensor | None = None,
-    residual_stats: Tensor | None = None,
+    residual_stride: int = 1,
     stride: int = 1,
     groups: int = 1,
     dilation: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """A bottleneck block behind its first convolution.
+    """A bottleneck block.
 
-        y = relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(z)))))))
-                 + residual | + residual_bn(residual))
+        t = relu(bn1(conv1x1(x, first_weight)))
+        t = relu(bn2(conv3x3(t, weight)))
+        y = relu(bn3(conv1x1(t, pointwise_weight)) + shortcut | + residual_bn(shortcut))
 
-    Equivalent to these steps by torch.nn.functional, and to `conv_bn_relu` with `input_bn` and
-    `pointwise_weight` followed by `bn_relu`, which say what is saved for the backward pass.
+        shortcut = residual | x | conv1x1(x, residual_weight)
+
+    Equivalent to these steps by torch.nn.functional. Saved for the backward pass: x, the outputs of
+    the convolutions, per-channel vectors and y, and a residual only if it has a BatchNorm.
 
     Args:
-        z: (N, C, H, W), the output of the block's first convolution.
-        bn1, bn2, bn3: BatchNorm of z and of the two convolutions' outputs.
-        weight, stride, groups, dilation, backend: As of `grouped_conv_bn_relu`.
-        pointwise_weight: (L, K, 1, 1), z's dtype.
-        residual: y's shape; cast to the dtype that the convolutions give.
-        residual_bn: BatchNorm of the residual (the downsampling branch), or None.
-        z_stats, residual_stats: What `conv1x1_stats` gave with z and the residual, for bn1 and
-            residual_bn in training; None: taken here.
+        x: (N, B, H, W), float32, bfloat16, float16 or float64, any memory format.
+        first_weight: (C, B, 1, 1), x's dtype.
+        bn1, bn2, bn3: BatchNorm of the three convolutions' outputs.
+        weight: (K, C / groups, 3, 3), x's dtype.
+        pointwise_weight: (L, K, 1, 1), x's dtype.
+        residual: y's shape; cast to the dtype that the convolutions give. None: the shortcut is x,
+            or its convolution with `residual_weight`.
+        residual_weight: (L, B, 1, 1), x's dtype, not together with `residual`; or None.
+        residual_bn: BatchNorm of the shortcut, or None.
+        residual_stride: Of the convolution with `residual_weight`.
+        stride, groups, dilation, backend: As of `grouped_conv_bn_relu`.
 
     Returns:
         y, (N, L, (H - 1) // stride + 1, (W - 1) // stride + 1), in the memory format that the
         convolutions would give.
 
     Raises:
-        As `conv_bn_relu` and `bn_relu`.
+        As `grouped_conv_bn_relu`, and ValueError if `residual` and `residual_weight` are given
+        together, or the shortcut has not y's shape.
     """
-    n, channels, h, w = _check_image("z", z)
-    dtype = _autocast_dtype(z)
+    n, channels, h, w = _check_image("x", x)
+    dtype = _autocast_dtype(x)
     if dtype is not None:
-        z, weight, pointwise_weight = (t.to(dtype) for t in (z, weight, pointwise_weight))
-    residual = residual.to(z.dtype)
-    _check_conv("z", z, channels, weight, stride, groups, dilation)
+        x, first_weight, weight = x.to(dtype), first_weight.to(dtype), weight.to(dtype)
+        pointwise_weight = pointwise_weight.to(dtype)
+        residual_weight = None if residual_weight is None else residual_weight.to(dtype)
+    residual = None if residual is None else residual.to(x.dtype)
+    _check_1x1("first_weight", first_weight, channels, "x", x)
+    width = first_weight.shape[0]
+    _check_conv("first_weight", first_weight, width, weight, stride, groups, dilation)
     out_h, out_w = (h - 1) // stride + 1, (w - 1) // stride + 1
     count = n * out_h * out_w
-    _check_bn(bn1, "bn1.", z, channels, n * h * w)
-    _check_bn(bn2, "bn2.", z, weight.shape[0], count)
-    _check_1x1("pointwise_weight", pointwise_weight, weight.shape[0], "z", z)
+    _check_bn(bn1, "bn1.", x, width, n * h * w)
+    _check_bn(bn2, "bn2.", x, weight.shape[0], count)
+    _check_1x1("pointwise_weight", pointwise_weight, weight.shape[0], "x", x)
     out_channels = pointwise_weight.shape[0]
-    _check_bn(bn3, "bn3.", z, out_channels, count)
+    out_shape = n, out_channels, out_h, out_w
+    _check_bn(bn3, "bn3.", x, out_channels, count)
     if residual_bn is not None:
-        _check_bn(residual_bn, "residual_bn.", z, out_channels, count)
-    _check_like("residual", residual, (n, out_channels, out_h, out_w), "z", z)
-    _check_stats("z_stats", z_stats, channels, z)
-    _check_stats("residual_stats", residual_stats, out_channels, z)
+        _check_bn(residual_bn, "residual_bn.", x, out_channels, count)
+    if residual is not None:
+        if residual_weight is not None:
+            raise ValueError("residual and residual_weight must not be given together")
+        _check_like("residual", residual, out_shape, "x", x)
+    elif residual_weight is not None:
+        _check_int("residual_stride", residual_stride)
+        _check_1x1("residual_weight", residual_weight, channels, "x", x)
+        rows, columns = (h - 1) // residual_stride + 1, (w - 1) // residual_stride + 1
+        shape = n, residual_weight.shape[0], rows, columns
+        if shape != out_shape:
+            raise ValueError(
+                f"the convolution with residual_weight must have shape {out_shape}, got {shape}"
+            )
+    elif x.shape != out_shape:
+        raise ValueError(f"x must have shape {out_shape} to be the residual, got {tuple(x.shape)}")
 
-    states = [bn for bn in (bn1, bn2, bn3, residual_bn) if bn is not None]
-    vectors = [vector for bn in states for vector in (bn.gamma, bn.beta)]
-    separate = any(bn.training for bn in states) or _needs_gradient(
-        z, weight, pointwise_weight, residual, *vectors
-    )
     name = _backend(backend)
-    last = pointwise_weight if separate else None
-    conv = stride, groups, dilation, name
-    t, t_stats = _conv_bn_relu(z, weight, bn2, bn1, None, last, *conv, bn3.training, z_stats)
-    if separate:
-        return _bn_relu(t, bn3, residual, residual_bn, name, t_stats, residual_stats)
+    states = bn1, bn2, bn3, residual_bn
+    vectors = [vector for bn in states if bn is not None for vector in (bn.gamma, bn.beta)]
+    images = x, first_weight, weight, pointwise_weight, residual, residual_weight
+    if any(bn is not None and bn.training for bn in states) or _needs_gradient(*images, *vectors):
+        nhwc = any(_is_nhwc(t) for t in (x, first_weight, weight, pointwise_weight))
+        y, _, _, _, _, *batches = ops.bottleneck(
+            _nhwc(x),
+            first_weight,
+            *_operands(bn1, x),
+            weight,
+            *_operands(bn2, x),
+            pointwise_weight,
+            *_operands(bn3, x),
+            None if residual is None else _nhwc(residual),
+            residual_weight,
+            *_operands(residual_bn, x),
+            residual_stride,
+            stride,
+            groups,
+            dilation,
+            _backend_of_both_passes(name),
+        )
+        counts = n * h * w, count, count, count
+        for bn, batch, values in zip(states, batches, counts, strict=True):
+            if bn is not None:
+                _update_running(bn, batch, values)
+        return y if nhwc else y.contiguous()
+    z = conv1x1(x, first_weight, backend=backend)
+    if residual is None:
+        residual = x
+    if residual_weight is not None:
+        residual = conv1x1(x, residual_weight, stride=residual_stride, backend=backend)
+    t = _conv_bn_relu(z, weight, bn2, bn1, None, None, stride, groups, dilation, name)
     nhwc = _is_nhwc(t) or _is_nhwc(pointwise_weight)
     y = ops.conv1x1_bn_relu_eval(
         t,

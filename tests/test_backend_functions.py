@@ -604,6 +604,25 @@ def test_conv1x1_backward(case: Case, target: Target) -> None:
                 assert_exactly(f"dweight, {name}", dweight, truth[1], target.dtype, peer[1])
 
 
+@each_1x1
+def test_conv1x1_backward_adds(case: Case, target: Target) -> None:
+    """dx in place to a gradient that is there, the sum of the two rounded or not before."""
+    t = Exact1x1(case, target)
+    before = (
+        t.integers(2, *t.x.shape).to(target.dtype).contiguous(memory_format=torch.channels_last)
+    )
+    alone, _ = target.module.conv1x1_backward(
+        t.dy, t.x, t.weight, stride=case.stride, need_dweight=False
+    )
+    dx = before.clone(memory_format=torch.preserve_format)
+    found, dweight = target.module.conv1x1_backward(
+        t.dy, t.x, t.weight, stride=case.stride, need_dweight=False, dx=dx
+    )
+    assert dweight is None
+    assert found is dx
+    assert torch.equal(dx, before + alone)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @cross(CASES_1X1[:3])
 def test_conv1x1_odd_values(case: Case, value: float, target: Target) -> None:

@@ -112,9 +112,6 @@ def operator_calls() -> dict[str, tuple]:
     def vector(size: int) -> Tensor:
         return torch.rand(size) + 0.5
 
-    def stats(size: int) -> Tensor:
-        return torch.stack((vector(size), vector(size)))
-
     def batch_norm(size: int, *, frozen: bool = False, affine: bool = True) -> tuple:
         affines = [vector(size).requires_grad_() if affine else None for _ in range(2)]
         statistics = [vector(size) if frozen else None for _ in range(2)]
@@ -133,6 +130,10 @@ def operator_calls() -> dict[str, tuple]:
     no_affine = (None, None, *running[2:])
     plain, normal = (x.detach(), weight.detach()), z.detach()
     bn, frozen = batch_norm(k), batch_norm(k, frozen=True)
+    first, third = torch.randn(12, 32, 1, 1), torch.randn(k, k, 1, 1)
+    full = torch.randn(32, k, 1, 1, requires_grad=True)
+    convs = [t.requires_grad_() for t in (first, third)]
+    branch = (wide, convs[0], *batch_norm(c), weight, *bn, convs[1], *bn)
     return {
         "conv_bn_relu_eval": (*plain, *no_affine, *conv),
         "conv_bn_relu_eval residual": (*plain, *running, *conv, residual.detach()),
@@ -140,24 +141,30 @@ def operator_calls() -> dict[str, tuple]:
         "bn_relu_eval": (normal, *no_affine, ""),
         "bn_relu_eval residual": (normal, *running, "", residual.detach()),
         "bn_relu_eval full": (normal, *running, "", residual.detach(), *running),
-        "conv_bn_relu": (x, weight, *bn, None, *none, None, *conv, False, None),
+        "conv_bn_relu": (x, weight, *bn, None, *none, None, *conv),
         "conv_bn_relu no affine": (
-            *(x, weight, *batch_norm(k, affine=False), None, *none, None, *conv, False, None),
+            *(x, weight, *batch_norm(k, affine=False), None, *none, None, *conv),
         ),
-        "conv_bn_relu frozen": (x, weight, *frozen, residual, *none, None, *conv, False, None),
-        "conv_bn_relu full": (
-            *(x, weight, *bn, None, *batch_norm(c), pointwise, *strided, True, stats(c)),
+        "conv_bn_relu frozen": (x, weight, *frozen, residual, *none, None, *conv),
+        "conv_bn_relu full": (x, weight, *bn, None, *batch_norm(c), pointwise, *strided),
+        "bn_relu": (z, *bn, None, *none, ""),
+        "bn_relu residual": (z, *bn, residual, *none, ""),
+        "bn_relu full": (z, *bn, residual, *frozen, ""),
+        "bottleneck": (*branch, residual, None, *none, 1, *conv),
+        "bottleneck frozen": (
+            *(wide, convs[0], *batch_norm(c, frozen=True), weight, *frozen, convs[1], *frozen),
+            *(residual, None, *batch_norm(k, frozen=True, affine=False), 1, *conv),
         ),
-        "bn_relu": (z, *bn, None, *none, "", None, None),
-        "bn_relu residual": (z, *bn, residual, *none, "", stats(k), None),
-        "bn_relu full": (z, *bn, residual, *frozen, "", stats(k), None),
-        "bn_relu two": (z, *bn, residual, *bn, "", None, stats(k)),
+        "bottleneck conv": (*branch, None, square, *bn, 2, *strided),
+        "bottleneck identity": (
+            *(wide, convs[0], *batch_norm(c), weight, *bn, full, *batch_norm(32)),
+            *(None, None, *none, 1, *conv),
+        ),
         "bn_relu_max_pool": (z, *bn, *pool),
         "bn_relu_max_pool frozen": (z, *frozen, *pool),
-        "conv1x1": (wide, square, 1, "", False),
-        "conv1x1 stats": (wide, square, 1, "", True),
-        "conv1x1 stride": (wide, square, 2, "", True),
-        "conv1x1 narrow": (z, pointwise, 1, "", True),
+        "conv1x1": (wide, square, 1, ""),
+        "conv1x1 stride": (wide, square, 2, ""),
+        "conv1x1 narrow": (z, pointwise, 1, ""),
         "conv1x1_bn_relu_eval": (wide.detach(), square.detach(), *running, ""),
         "conv1x1_bn_relu_eval full": (
             *(wide.detach(), square.detach(), *running, "", residual.detach(), *running),

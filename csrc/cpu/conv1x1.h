@@ -149,7 +149,7 @@ inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, A
                         statistics_floats + block * depth * kPanel + parts * kProductRows * kPitch);
   double* const counts = (double*)scratch.shared;
   double *const means = counts + pieces, *const m2s = means + pieces * columns;
-  out.past_cache = streams(out.out, M, columns);
+  out.past_cache = out.residual != out.out && streams(out.out, M, columns);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && blocks * pieces > 1)
   {
     BlockStatistics* const statistics = mean ? (BlockStatistics*)scratch.mine() : nullptr;
@@ -272,8 +272,9 @@ inline void conv1x1_dweight(int64_t M, int64_t C, int64_t K, const float* dz, co
 }
 
 inline void conv1x1_backward(int64_t M, int64_t C, int64_t K, const float* dz, const float* x, Affine prologue,
-                             const float* weight, float* da, float* dweight, int num_threads) {
-  if (da) product(M, K, C, dz, {}, weight, false, {da, C, 0}, nullptr, nullptr, num_threads);
+                             const float* weight, float* da, bool add, float* dweight, int num_threads) {
+  const TileOut out{da, C, 0, nullptr, nullptr, add ? da : nullptr};
+  if (da) product(M, K, C, dz, {}, weight, false, out, nullptr, nullptr, num_threads);
   if (dweight) conv1x1_dweight(M, C, K, dz, x, prologue, dweight, num_threads);
 }
 

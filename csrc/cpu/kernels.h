@@ -63,9 +63,9 @@ struct Kernels {
   void (*conv1x1)(int64_t M, int64_t C, int64_t K, const float* x, Affine prologue, const float* weight, Affine affine,
                   const float* residual, float* y, float* mean, float* var, int num_threads);
 
-  // da = dz weight unless null, dweight = dz^T a unless null
+  // da = dz weight, with `add` added to what is there, unless null; dweight = dz^T a unless null
   void (*conv1x1_backward)(int64_t M, int64_t C, int64_t K, const float* dz, const float* x, Affine prologue,
-                           const float* weight, float* da, float* dweight, int num_threads);
+                           const float* weight, float* da, bool add, float* dweight, int num_threads);
 
   // The rest works on z as an (M, C) matrix.
   void (*batch_stats)(DType, int64_t M, int64_t C, const void* z, float* mean, float* var, int num_threads);

@@ -42,7 +42,7 @@ constexpr int accumulator(int q, int kx) {
 }
 
 // Where the A values of a tile go: pixel i < count to out + i * stride, as they are or, with a scale, as
-// relu(scale * value + shift [+ residual]).
+// relu(scale * value + shift [+ residual]); without one, residual is added alone.
 struct TileOut {
   float* out;
   int64_t stride, count;
@@ -67,6 +67,8 @@ RK_INLINE void emit_each(const TileOut& to, F&& value) {
 }
 template <int A>
 RK_INLINE void emit(const TileOut& to, const Vec (&values)[A]) {
+  const auto added = [&](int i) RK_INLINE_LAMBDA { return values[i] + load(to.residual + i * to.stride); };
+  if (!to.scale && to.residual) return emit_each<A>(to, added);
   if (!to.scale) return emit_each<A>(to, [&](int i) RK_INLINE_LAMBDA { return values[i]; });
   const Vec scale = load(to.scale), shift = load(to.shift);
   if (to.residual)

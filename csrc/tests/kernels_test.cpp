@@ -759,6 +759,14 @@ void test_conv1x1(int64_t M, int64_t C, int64_t K, bool poison = false) {
       var(DType::f32, k);
   Expected expected_da = product(m, k, c, g, {k, 1}, w, {1, c});
   make_exact_where_infinite(expected_da);
+  const vector<double> before = uniform(DType::f32, M * C);
+  Tensor before_tensor(DType::f32, before);
+  Expected expected_added = expected_da;
+  for (size_t i = 0; i < before.size(); ++i) {
+    expected_added.value[i] += before[i];
+    expected_added.bound[i] += kUnit * (std::fabs(expected_da.value[i]) + std::fabs(before[i]));
+  }
+  make_exact_where_infinite(expected_added);
 
   for (const bool with_prologue : {false, true}) {
     const Terms a = activation(x, with_prologue ? &prologue : nullptr);
@@ -792,15 +800,16 @@ void test_conv1x1(int64_t M, int64_t C, int64_t K, bool poison = false) {
             check(name + " var", var, stats.var);
           }
         }
-        for (const int needed : {1, 2, 3}) {
-          const bool need_da = (needed & 1) != 0, need_dweight = (needed & 2) != 0;
+        for (const int needed : {1, 2, 3, 5}) {  // 5: da is added to what is there
+          const bool need_da = (needed & 1) != 0, need_dweight = (needed & 2) != 0, add = (needed & 4) != 0;
           const std::string name = problem + " backward" + where + " needed " + std::to_string(needed);
           da.poison();
           dweight.poison();
+          if (add) std::memcpy(da.data(), before_tensor.data(), da.bytes());
           (*table)->conv1x1_backward(M, C, K, dz_tensor.floats(), need_dweight ? x_tensor.floats() : nullptr, in,
-                                     weight_tensor.floats(), need_da ? da.floats() : nullptr,
+                                     weight_tensor.floats(), need_da ? da.floats() : nullptr, add,
                                      need_dweight ? dweight.floats() : nullptr, threads);
-          if (need_da) check(name + " da", da, expected_da);
+          if (need_da) check(name + " da", da, add ? expected_added : expected_da);
           if (need_dweight) check(name + " dweight", dweight, expected_dweight);
           check_intact(name, {&x_tensor, &weight_tensor, &dz_tensor, &in_scale, &in_shift, &da, &dweight});
         }
@@ -842,7 +851,7 @@ void test_repeatable() {
       (*table)->conv_backward(p, gradient, x.data(), Affine{}, weight.data(), r.dx.data(), r.dweight.data(), threads);
       (*table)->conv1x1(m, c, k, x1.floats(), {}, weight1.floats(), {}, nullptr, r.z1.floats(), r.mean1.floats(),
                         r.var1.floats(), threads);
-      (*table)->conv1x1_backward(m, c, k, dz1.floats(), x1.floats(), {}, weight1.floats(), r.dx1.floats(),
+      (*table)->conv1x1_backward(m, c, k, dz1.floats(), x1.floats(), {}, weight1.floats(), r.dx1.floats(), false,
                                  r.dweight1.floats(), threads);
     };
     for (const int threads : {1, 2, 3}) {

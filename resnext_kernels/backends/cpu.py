@@ -268,19 +268,26 @@ def conv1x1_backward(
     stride: int = 1,
     need_dx: bool = True,
     need_dweight: bool = True,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what conv1x1 convolves and of its weight, None where not needed."""
+    """Gradients of what conv1x1 convolves and of its weight, None where not needed.
+
+    dx: a gradient from elsewhere, to which this one is added in place.
+    """
     if not _is_compiled_conv1x1(x, weight):
         if prologue is not None and need_dweight:
             x = normalize_relu(x, *prologue)
         return reference.conv1x1_backward(
-            dz, x, weight, stride=stride, need_dx=need_dx, need_dweight=need_dweight
+            dz, x, weight, stride=stride, need_dx=need_dx, need_dweight=need_dweight, dx=dx
         )
     n, k, h, w = dz.shape
     c = x.shape[1]
-    dx = dweight = None
+    da = dweight = None
+    adds = dx is not None and stride == 1
     if need_dx:
-        dx = torch.empty((n, c, h, w), dtype=x.dtype, memory_format=torch.channels_last)
+        da = dx
+        if not adds:
+            da = torch.empty((n, c, h, w), dtype=x.dtype, memory_format=torch.channels_last)
     if need_dweight:
         dweight = torch.empty(weight.shape, dtype=weight.dtype)
     read = _strided(x, stride) if need_dweight else None
@@ -292,13 +299,16 @@ def conv1x1_backward(
         _ptr(read),
         *_ptrs(prologue),
         weight.data_ptr(),
-        _ptr(dx),
+        _ptr(da),
+        adds,
         _ptr(dweight),
         torch.get_num_threads(),
     )
-    if dx is not None and stride > 1:
-        strided, dx = dx, torch.zeros_like(x, memory_format=torch.channels_last)
-        dx[:, :, ::stride, ::stride] = strided
+    if da is None or stride == 1:
+        return da, dweight
+    if dx is None:
+        dx = torch.zeros_like(x, memory_format=torch.channels_last)
+    dx[:, :, ::stride, ::stride] += da
     return dx, dweight
 
 

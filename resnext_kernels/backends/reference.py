@@ -159,10 +159,15 @@ def conv1x1_backward(
     stride: int = 1,
     need_dx: bool = True,
     need_dweight: bool = True,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what conv1x1 convolves and of its weight, None where not needed."""
+    """Gradients of what conv1x1 convolves and of its weight, None where not needed.
+
+    dx: a gradient from elsewhere, to which this one is added in place.
+    """
     read = _activated(x, prologue) if need_dweight else x
-    return _conv_gradients(dz, read, weight, stride, 1, 1, need_dx, need_dweight)
+    found, dweight = _conv_gradients(dz, read, weight, stride, 1, 1, need_dx, need_dweight)
+    return found if dx is None or found is None else dx.add_(found), dweight
 
 
 def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
