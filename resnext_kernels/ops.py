@@ -1199,6 +1199,7 @@ def _bottleneck_backward(
             [need_z1, need_weight2, need_bn2, False, need_bn1, need_weight3],
             backend,
         )
+    del dz3  # y's size
     if need_z1:
         assert dz1 is not None
         # what x has from the branch is added to what it has from the shortcut, or the other way
