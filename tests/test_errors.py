@@ -114,35 +114,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         TypeError,
         ["residual", "bfloat16", "float32"],
     ),
-    "residual and residual_weight": (
-        {"residual_weight": torch.randn(32, 40, 1, 1)},
-        ValueError,
-        ["residual ", "residual_weight", "together"],
-    ),
-    "residual_weight of other channels": (
-        {"residual": None, "residual_weight": torch.randn(32, 16, 1, 1)},
-        ValueError,
-        ["residual_weight", "(32, 16, 1, 1)", "(K, 40, 1, 1)"],
-    ),
-    "residual_weight to other channels": (
-        {"residual": None, "residual_weight": torch.randn(16, 40, 1, 1)},
-        ValueError,
-        ["residual_weight", "(2, 16, 5, 6)", "(2, 32, 5, 6)"],
-    ),
-    "residual_stride alone": (
-        {
-            "residual": None,
-            "residual_weight": torch.randn(32, 40, 1, 1),
-            "residual_stride": 2,
-        },
-        ValueError,
-        ["residual_weight", "(2, 32, 3, 3)", "(2, 32, 5, 6)"],
-    ),
-    "x as the residual of more channels": (
-        {"residual": None},
-        ValueError,
-        ["x ", "residual", "(2, 40, 5, 6)", "(2, 32, 5, 6)"],
-    ),
     "residual on another device": (
         {"residual": torch.randn(2, 24, 5, 6, device="meta")},
         ValueError,
@@ -408,6 +379,35 @@ BAD_BOTTLENECK: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         {"stride": 2},
         ValueError,
         ["residual", "(2, 32, 3, 3)", "(2, 32, 5, 6)"],
+    ),
+    "residual and residual_weight": (
+        {"residual_weight": torch.randn(32, 40, 1, 1)},
+        ValueError,
+        ["residual ", "residual_weight", "together"],
+    ),
+    "residual_weight of other channels": (
+        {"residual": None, "residual_weight": torch.randn(32, 16, 1, 1)},
+        ValueError,
+        ["residual_weight", "(32, 16, 1, 1)", "(K, 40, 1, 1)"],
+    ),
+    "residual_weight to other channels": (
+        {"residual": None, "residual_weight": torch.randn(16, 40, 1, 1)},
+        ValueError,
+        ["residual_weight", "(2, 16, 5, 6)", "(2, 32, 5, 6)"],
+    ),
+    "residual_stride alone": (
+        {
+            "residual": None,
+            "residual_weight": torch.randn(32, 40, 1, 1),
+            "residual_stride": 2,
+        },
+        ValueError,
+        ["residual_weight", "(2, 32, 3, 3)", "(2, 32, 5, 6)"],
+    ),
+    "x as the residual of more channels": (
+        {"residual": None},
+        ValueError,
+        ["x ", "residual", "(2, 40, 5, 6)", "(2, 32, 5, 6)"],
     ),
     "residual on another device": (
         {"residual": torch.randn(2, 32, 5, 6, device="meta")},
