@@ -1309,7 +1309,8 @@ _BOTTLENECK_INPUTS = (0, 1, 2, 3, 8, 9, 10, 15, 16, 17, 22, 23, 24, 25)
 
 
 def _bottleneck_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
-    inputs, (y, z1, z2, z3, z4, *vectors) = ctx.saved_tensors[:14], ctx.saved_tensors[14:]
+    saved = ctx.saved_tensors
+    inputs, (y, z1, z2, z3, z4, *vectors) = saved[:14], saved[14:]
     has_bn = vectors[3] is not None
     if torch.is_grad_enabled():
         stride, groups, dilation = ctx.conv
