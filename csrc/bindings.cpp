@@ -79,14 +79,14 @@ void conv_backward(const ConvProblem& problem, Pointer dy, Pointer z, Pointer sc
 }
 
 void conv1x1(int64_t M, int64_t C, int64_t K, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
-             Pointer scale, Pointer shift, Pointer residual, Pointer y, int num_threads) {
+             Pointer scale, Pointer shift, Pointer residual, Pointer y, Pointer mean, Pointer var, int num_threads) {
   cpu::kernels().conv1x1(M, C, K, vec(x), affine(in_scale, in_shift), vec(weight), affine(scale, shift), vec(residual),
-                         out_vec(y), num_threads);
+                         out_vec(y), out_vec(mean), out_vec(var), num_threads);
 }
 
 void conv1x1_backward(int64_t M, int64_t C, int64_t K, Pointer dz, Pointer x, Pointer in_scale, Pointer in_shift,
-                      Pointer weight, Pointer da, Pointer dweight, int num_threads) {
-  cpu::kernels().conv1x1_backward(M, C, K, vec(dz), vec(x), affine(in_scale, in_shift), vec(weight), out_vec(da),
+                      Pointer weight, Pointer da, bool add, Pointer dweight, int num_threads) {
+  cpu::kernels().conv1x1_backward(M, C, K, vec(dz), vec(x), affine(in_scale, in_shift), vec(weight), out_vec(da), add,
                                   out_vec(dweight), num_threads);
 }
 
@@ -101,10 +101,10 @@ void normalize_relu(int dtype, int64_t M, int64_t C, Pointer z, Pointer scale, P
 }
 
 void bn_relu_backward(int dtype, int64_t M, int64_t C, Pointer dy, Pointer z, Pointer scale, Pointer shift, Pointer y,
-                      Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat, int num_threads) {
+                      Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat, Pointer g, int num_threads) {
   const ReluBNGradient gradient{in(dy), in(z), affine(scale, shift), in(y)};
   cpu::kernels().bn_relu_backward(static_cast<DType>(dtype), M, C, gradient, vec(mean), vec(rstd), out_vec(sum_g),
-                                  out_vec(sum_g_xhat), num_threads);
+                                  out_vec(sum_g_xhat), out(g), num_threads);
 }
 
 void bn_relu_input_gradient(int dtype, int64_t M, int64_t C, Pointer dy, Pointer z, Pointer scale, Pointer shift,

@@ -78,6 +78,8 @@ def conv1x1(
     shift: int,
     residual: int,
     y: int,
+    mean: int,
+    var: int,
     num_threads: int,
     /,
 ) -> None: ...
@@ -91,6 +93,7 @@ def conv1x1_backward(
     in_shift: int,
     weight: int,
     da: int,
+    add: bool,
     dweight: int,
     num_threads: int,
     /,
@@ -150,6 +153,7 @@ def bn_relu_backward(
     rstd: int,
     sum_g: int,
     sum_g_xhat: int,
+    g: int,
     num_threads: int,
     /,
 ) -> None: ...

@@ -609,70 +609,125 @@ def bn_relu_max_pool(
 
 
 def bottleneck(
-    z: Tensor,
+    x: Tensor,
+    first_weight: Tensor,
     bn1: BatchNormState,
     weight: Tensor,
     bn2: BatchNormState,
     pointwise_weight: Tensor,
     bn3: BatchNormState,
-    residual: Tensor,
+    residual: Tensor | None = None,
     *,
+    residual_weight: Tensor | None = None,
     residual_bn: BatchNormState | None = None,
+    residual_stride: int = 1,
     stride: int = 1,
     groups: int = 1,
     dilation: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """A bottleneck block behind its first convolution.
+    """A bottleneck block.
 
-        y = relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(z)))))))
-                 + residual | + residual_bn(residual))
+        t = relu(bn1(conv1x1(x, first_weight)))
+        t = relu(bn2(conv3x3(t, weight)))
+        y = relu(bn3(conv1x1(t, pointwise_weight)) + shortcut | + residual_bn(shortcut))
 
-    Equivalent to these steps by torch.nn.functional, and to `conv_bn_relu` with `input_bn` and
-    `pointwise_weight` followed by `bn_relu`, which say what is saved for the backward pass.
+        shortcut = residual | x | conv1x1(x, residual_weight)
+
+    Equivalent to these steps by torch.nn.functional. Saved for the backward pass: x, the outputs of
+    the convolutions, per-channel vectors and y, and a residual only if it has a BatchNorm.
 
     Args:
-        z: (N, C, H, W), the output of the block's first convolution.
-        bn1, bn2, bn3: BatchNorm of z and of the two convolutions' outputs.
-        weight, stride, groups, dilation, backend: As of `grouped_conv_bn_relu`.
-        pointwise_weight: (L, K, 1, 1), z's dtype.
-        residual: y's shape; cast to the dtype that the convolutions give.
-        residual_bn: BatchNorm of the residual (the downsampling branch), or None.
+        x: (N, B, H, W), float32, bfloat16, float16 or float64, any memory format.
+        first_weight: (C, B, 1, 1), x's dtype.
+        bn1, bn2, bn3: BatchNorm of the three convolutions' outputs.
+        weight: (K, C / groups, 3, 3), x's dtype.
+        pointwise_weight: (L, K, 1, 1), x's dtype.
+        residual: y's shape; cast to the dtype that the convolutions give. None: the shortcut is x,
+            or its convolution with `residual_weight`.
+        residual_weight: (L, B, 1, 1), x's dtype, not together with `residual`; or None.
+        residual_bn: BatchNorm of the shortcut, or None.
+        residual_stride: Of the convolution with `residual_weight`.
+        stride, groups, dilation, backend: As of `grouped_conv_bn_relu`.
 
     Returns:
         y, (N, L, (H - 1) // stride + 1, (W - 1) // stride + 1), in the memory format that the
         convolutions would give.
 
     Raises:
-        As `conv_bn_relu` and `bn_relu`.
+        As `grouped_conv_bn_relu`, and ValueError if `residual` and `residual_weight` are given
+        together, or the shortcut has not y's shape.
     """
-    n, channels, h, w = _check_image("z", z)
-    dtype = _autocast_dtype(z)
+    n, channels, h, w = _check_image("x", x)
+    dtype = _autocast_dtype(x)
     if dtype is not None:
-        z, weight, pointwise_weight = (t.to(dtype) for t in (z, weight, pointwise_weight))
-    residual = residual.to(z.dtype)
-    _check_conv("z", z, channels, weight, stride, groups, dilation)
+        x, first_weight, weight = x.to(dtype), first_weight.to(dtype), weight.to(dtype)
+        pointwise_weight = pointwise_weight.to(dtype)
+        residual_weight = None if residual_weight is None else residual_weight.to(dtype)
+    residual = None if residual is None else residual.to(x.dtype)
+    _check_1x1("first_weight", first_weight, channels, "x", x)
+    width = first_weight.shape[0]
+    _check_conv("first_weight", first_weight, width, weight, stride, groups, dilation)
     out_h, out_w = (h - 1) // stride + 1, (w - 1) // stride + 1
     count = n * out_h * out_w
-    _check_bn(bn1, "bn1.", z, channels, n * h * w)
-    _check_bn(bn2, "bn2.", z, weight.shape[0], count)
-    _check_1x1("pointwise_weight", pointwise_weight, weight.shape[0], "z", z)
+    _check_bn(bn1, "bn1.", x, width, n * h * w)
+    _check_bn(bn2, "bn2.", x, weight.shape[0], count)
+    _check_1x1("pointwise_weight", pointwise_weight, weight.shape[0], "x", x)
     out_channels = pointwise_weight.shape[0]
-    _check_bn(bn3, "bn3.", z, out_channels, count)
+    out_shape = n, out_channels, out_h, out_w
+    _check_bn(bn3, "bn3.", x, out_channels, count)
     if residual_bn is not None:
-        _check_bn(residual_bn, "residual_bn.", z, out_channels, count)
-    _check_like("residual", residual, (n, out_channels, out_h, out_w), "z", z)
+        _check_bn(residual_bn, "residual_bn.", x, out_channels, count)
+    if residual is not None:
+        if residual_weight is not None:
+            raise ValueError("residual and residual_weight must not be given together")
+        _check_like("residual", residual, out_shape, "x", x)
+    elif residual_weight is not None:
+        _check_int("residual_stride", residual_stride)
+        _check_1x1("residual_weight", residual_weight, channels, "x", x)
+        rows, columns = (h - 1) // residual_stride + 1, (w - 1) // residual_stride + 1
+        shape = n, residual_weight.shape[0], rows, columns
+        if shape != out_shape:
+            raise ValueError(
+                f"the convolution with residual_weight must have shape {out_shape}, got {shape}"
+            )
+    elif x.shape != out_shape:
+        raise ValueError(f"x must have shape {out_shape} to be the residual, got {tuple(x.shape)}")
 
-    states = [bn for bn in (bn1, bn2, bn3, residual_bn) if bn is not None]
-    vectors = [vector for bn in states for vector in (bn.gamma, bn.beta)]
-    separate = any(bn.training for bn in states) or _needs_gradient(
-        z, weight, pointwise_weight, residual, *vectors
-    )
     name = _backend(backend)
-    last = pointwise_weight if separate else None
-    t = _conv_bn_relu(z, weight, bn2, bn1, None, last, stride, groups, dilation, name)
-    if separate:
-        return _bn_relu(t, bn3, residual, residual_bn, name)
+    states = bn1, bn2, bn3, residual_bn
+    vectors = [vector for bn in states if bn is not None for vector in (bn.gamma, bn.beta)]
+    images = x, first_weight, weight, pointwise_weight, residual, residual_weight
+    if any(bn is not None and bn.training for bn in states) or _needs_gradient(*images, *vectors):
+        nhwc = any(_is_nhwc(t) for t in (x, first_weight, weight, pointwise_weight))
+        y, _, _, _, _, *batches = ops.bottleneck(
+            _nhwc(x),
+            first_weight,
+            *_operands(bn1, x),
+            weight,
+            *_operands(bn2, x),
+            pointwise_weight,
+            *_operands(bn3, x),
+            None if residual is None else _nhwc(residual),
+            residual_weight,
+            *_operands(residual_bn, x),
+            residual_stride,
+            stride,
+            groups,
+            dilation,
+            _backend_of_both_passes(name),
+        )
+        counts = n * h * w, count, count, count
+        for bn, batch, values in zip(states, batches, counts, strict=True):
+            if bn is not None:
+                _update_running(bn, batch, values)
+        return y if nhwc else y.contiguous()
+    z = conv1x1(x, first_weight, backend=backend)
+    if residual is None:
+        residual = x
+    if residual_weight is not None:
+        residual = conv1x1(x, residual_weight, stride=residual_stride, backend=backend)
+    t = _conv_bn_relu(z, weight, bn2, bn1, None, None, stride, groups, dilation, name)
     nhwc = _is_nhwc(t) or _is_nhwc(pointwise_weight)
     y = ops.conv1x1_bn_relu_eval(
         t,

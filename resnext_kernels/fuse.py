@@ -276,6 +276,8 @@ class _TimmBottleneck(_FusedBlock, FusedGroupedBottleneck):
     def forward(self, x: Tensor) -> Tensor:
         if _runs_unfused(self, x):
             return self.unfused_type.forward(self, x)
+        if all(map(_is_absent, (self.aa, self.se, self.drop_path))):
+            return FusedGroupedBottleneck.forward(self, x)
         if _is_absent(self.aa):
             z = self._branch(x)
         else:

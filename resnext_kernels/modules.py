@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -103,6 +103,11 @@ def _tensor(module: nn.Module, name: str) -> Any:
     return getattr(module, name)  # parametrized, for one
 
 
+def _is_bare_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether that is all there is to a call of `conv`: nothing hooks in."""
+    return _is_pointwise(conv) and why_not_bypass(conv) is None
+
+
 def _sync_group(bn: nn.SyncBatchNorm) -> str:
     """Name of the process group that `bn` shares statistics with; "" where it is alone."""
     if not (bn.training and dist.is_available() and dist.is_initialized()):
@@ -167,9 +172,8 @@ def conv_bn_relu(
 
 def conv1x1(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), by `functional.conv1x1` where it is nothing but a dense one and nothing hooks in."""
-    if not _is_pointwise(conv) or why_not_bypass(conv) is not None:
+    if not _is_bare_pointwise(conv):
         return conv(x)
-    assert isinstance(conv, nn.Conv2d)
     return functional.conv1x1(x, conv.weight, stride=conv.stride[0])
 
 
@@ -321,7 +325,8 @@ class FusedGroupedBottleneck(nn.Module):
     Equivalent to torchvision's Bottleneck of the same arguments, in results, parameters and state
     dict. bn1 and its ReLU are applied where the 3x3 convolution loads its input; bn2 and its ReLU
     follow it; bn3, the residual (with the BatchNorm of the downsampling branch) and the last ReLU
-    are one pass. Saved for the backward pass: x, the outputs of the convolutions, and y.
+    are one pass. To autograd the block is one operation, unless hooks have to be called. Saved for
+    the backward pass: x, the outputs of the convolutions, and y.
 
     Args:
         inplanes: Channels of x.
@@ -387,18 +392,29 @@ class FusedGroupedBottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._ends_pointwise():
+        bare = _is_bare_pointwise(self.conv1) and self.conv1.stride == (1, 1)
+        if not (bare and self._ends_pointwise()):
             return self._join(self._branch(x), x)
-        residual, residual_bn = self._shortcut(x)
+        residual = weight = residual_bn = None
+        stride = 1
+        if self.downsample is not None:
+            conv, residual_bn = self._shortcut_layers()
+            if residual_bn is not None and _is_bare_pointwise(conv):
+                weight, stride = conv.weight, conv.stride[0]
+            else:
+                residual = conv(x)
         return functional.bottleneck(
-            conv1x1(self.conv1, x),
+            x,
+            self.conv1.weight,
             _state(self.bn1),
             self.conv2.weight,
             _state(self.bn2),
             self.conv3.weight,
             _state(self.bn3),
             residual,
+            residual_weight=weight,
             residual_bn=None if residual_bn is None else _state(residual_bn),
+            residual_stride=stride,
             stride=self.conv2.stride[0],
             groups=self.conv2.groups,
             dilation=self.conv2.dilation[0],
@@ -424,16 +440,22 @@ class FusedGroupedBottleneck(nn.Module):
 
     def _shortcut(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The residual, and the BatchNorm that is still to be applied to it."""
-        shortcut = self.downsample
-        if shortcut is None:
+        if self.downsample is None:
             return x, None
+        layers, bn = self._shortcut_layers()
+        return conv1x1(layers, x), bn
+
+    def _shortcut_layers(self) -> tuple[nn.Module, nn.Module | None]:
+        """The downsampling branch: what is called, and the BatchNorm behind it that is not."""
+        shortcut = self.downsample
+        assert shortcut is not None
         if (
             type(shortcut) is nn.Sequential
             and len(shortcut) == 2
             and why_not_norm(shortcut[1]) is None
         ):
-            return conv1x1(shortcut[0], x), shortcut[1]
-        return shortcut(x), None
+            return shortcut[0], shortcut[1]
+        return shortcut, None
 
     def _join(self, z: Tensor, x: Tensor) -> Tensor:
         """relu(bn3(z) + downsample(x))."""

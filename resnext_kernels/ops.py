@@ -12,6 +12,7 @@ here: that is `functional`'s.
     conv1x1_bn_relu_eval
                                     bn_relu_max_pool                bn_relu_max_pool_backward
                                     conv1x1                         conv1x1_backward
+                                    bottleneck                      bottleneck_backward
 
 One BatchNorm is six arguments: `gamma, beta` (None: no affine), `mean, var` (None: statistics of
 the batch), `eps` (None: no BatchNorm here), and `group`, the name of the process group that shares
@@ -53,6 +54,8 @@ __all__ = [
     "bn_relu_eval",
     "bn_relu_max_pool",
     "bn_relu_max_pool_backward",
+    "bottleneck",
+    "bottleneck_backward",
     "conv1x1",
     "conv1x1_backward",
     "conv1x1_bn_relu_eval",
@@ -298,9 +301,17 @@ def _combined_stats(
     return mean, var, total
 
 
-def _bn_vectors(kernels: ModuleType, z: Tensor, bn: BatchNorm) -> Tensor:
-    """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z."""
-    return _vectors(kernels, bn, kernels.batch_stats(z) if bn.training else None, _count(z))
+def _bn_vectors(
+    kernels: ModuleType, z: Tensor, bn: BatchNorm, stats: Tensor | None = None
+) -> Tensor:
+    """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z.
+
+    `stats`: (2, C), the batch's mean and biased variance; None: taken here.
+    """
+    batch = None
+    if bn.training:
+        batch = kernels.batch_stats(z) if stats is None else (stats[0], stats[1])
+    return _vectors(kernels, bn, batch, _count(z))
 
 
 def _vectors(
@@ -350,9 +361,22 @@ def _relu_passes_everything(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(vectors[3]), torch.ones_like(vectors[4])
 
 
-def _masked(dy: Tensor, y: Tensor) -> Tensor:
-    """g: dy where the ReLU passed."""
-    return torch.ops.aten.threshold_backward(dy, y, 0)
+def _behind_residual(
+    kernels: ModuleType, dy: Tensor, z: Tensor, y: Tensor, vectors: Tensor, need_sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The residual's gradient g, and the sums that are dbeta and dgamma."""
+    if not need_sums:
+        return reference.masked(dy, y), None, None
+    return kernels.bn_residual_relu_backward(dy, z, y, vectors[0], vectors[2])
+
+
+def _conv1x1_stats(
+    kernels: ModuleType, stats: bool, x: Tensor, weight: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The 1x1 convolution, and the statistics of its result if asked for."""
+    if stats:
+        return kernels.conv1x1_stats(x, _dense(weight), **options)
+    return kernels.conv1x1(x, _dense(weight), **options), None
 
 
 # What fakes return ---------------------------------------------------------------------------
@@ -543,11 +567,14 @@ class _ConvBNReLU(NamedTuple):
         return cls(BatchNorm(*args[:6]), args[6], BatchNorm(*args[7:13]), *args[13:])
 
 
-def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> Results:
+def _conv_bn_relu(
+    x: Tensor, weight: Tensor, *args: Any, x_stats: Tensor | None = None, stats: bool = False
+) -> tuple[Any, ...]:
+    """y, z, vectors, in_vectors, and if asked for the statistics of y, a 1x1 convolution's."""
     bn, residual, in_bn, pointwise_weight, stride, groups, dilation, backend = _ConvBNReLU.of(args)
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
     x = _nhwc(x)
-    in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn)
+    in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn, x_stats)
     z, *batch = kernels.conv_stats(
         x,
         _dense(weight),
@@ -558,11 +585,12 @@ def _conv_bn_relu(x: Tensor, weight: Tensor, *args: Any) -> Results:
         stats=bn.training,
     )
     vectors = _vectors(kernels, bn, batch if bn.training else None, _count(z))
+    y_stats = None
     if pointwise_weight is None:
         y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
     else:
-        y = kernels.conv1x1(z, _dense(pointwise_weight), prologue=_affine(vectors))
-    return y, z, vectors, in_vectors
+        y, y_stats = _conv1x1_stats(kernels, stats, z, pointwise_weight, prologue=_affine(vectors))
+    return y, z, vectors, in_vectors, y_stats
 
 
 def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *args: Any) -> Results:
@@ -576,7 +604,7 @@ conv_bn_relu = Operator(
     f"conv_bn_relu(Tensor x, Tensor weight, {_schema_of_bn()}, Tensor? residual, "
     f"{_schema_of_bn('in_')}, Tensor? pointwise_weight, int stride, int groups, int dilation, "
     "str backend) -> (Tensor y, Tensor z, Tensor vectors, Tensor in_vectors)",
-    _conv_bn_relu,
+    lambda *args: _conv_bn_relu(*args)[:-1],
     _conv_bn_relu_fake,
 )
 
@@ -603,16 +631,16 @@ def _conv_bn_relu_backward(
     need_x, need_weight, need_affine, need_residual, need_in_affine, need_pointwise = needs
     need_input = need_x or need_in_affine
     need_dz = need_input or need_weight
+    need_sums = need_affine or (training and need_dz)
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
     dx = dweight = dgamma = dbeta = dresidual = din_gamma = din_beta = dpointwise = None
     dy, x = _nhwc(dy), _nhwc(x)
     mean, _, rstd, scale, shift = vectors.unbind()
     if need_residual:
         assert y is not None
-        dresidual = _masked(dy, y)
-        if need_dz or need_affine:
-            dy, y = dresidual, None
-            scale, shift = _relu_passes_everything(vectors)
+        dresidual, dbeta, dgamma = _behind_residual(kernels, dy, z, y, vectors, need_sums)
+        dy, y = dresidual, None
+        scale, shift = _relu_passes_everything(vectors)
     if pointwise_weight is not None:
         da, dpointwise = kernels.conv1x1_backward(
             dy,
@@ -623,7 +651,7 @@ def _conv_bn_relu_backward(
             need_dweight=need_pointwise,
         )
         dy = dy if da is None else da
-    if need_affine or (training and need_dz):
+    if need_sums and dbeta is None:
         dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
     if need_dz:
         dz = _gradient_vectors(kernels, dbeta, dgamma, vectors, _count(z), training, group)
@@ -769,14 +797,16 @@ conv_bn_relu.register_autograd("ConvBNReLU", _conv_bn_relu_setup, _conv_bn_relu_
 # bn_relu: relu(bn(z) [+ residual | + residual_bn(residual)]) ----------------------------------
 
 
-def _bn_relu(z: Tensor, *args: Any) -> Results:
+def _bn_relu(
+    z: Tensor, *args: Any, z_stats: Tensor | None = None, residual_stats: Tensor | None = None
+) -> Results:
     bn, residual, residual_bn, backend = _bn_relu_arguments(args)
     kernels = _serving_bn(z, True, backend)
     z, residual = _nhwc(z), _maybe_nhwc(residual)
-    vectors = _bn_vectors(kernels, z, bn)
+    vectors = _bn_vectors(kernels, z, bn, z_stats)
     residual_vectors = None
     if residual is not None and residual_bn.eps is not None:
-        residual_vectors = _bn_vectors(kernels, residual, residual_bn)
+        residual_vectors = _bn_vectors(kernels, residual, residual_bn, residual_stats)
     y = kernels.normalize_relu(
         z,
         *_affine(vectors),
@@ -822,12 +852,13 @@ def _bn_relu_backward(
     dz = dgamma = dbeta = dresidual = dresidual_gamma = dresidual_beta = None
     dy, z, count = _nhwc(dy), _nhwc(z), _count(z)
     mean, _, rstd, scale, shift = vectors.unbind()
+    need_sums = need_affine or (training and need_z)
     if need_residual or need_residual_affine:
         assert y is not None
-        dy = dresidual = _masked(dy, y)
-        y = None
+        dresidual, dbeta, dgamma = _behind_residual(kernels, dy, z, y, vectors, need_sums)
+        dy, y = dresidual, None
         scale, shift = _relu_passes_everything(vectors)
-    if need_affine or (training and need_z):
+    elif need_sums:
         dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
     if need_z:
         a, b, c = _gradient_vectors(kernels, dbeta, dgamma, vectors, count, training, group)
@@ -1109,6 +1140,289 @@ def _conv1x1_autograd(ctx: Any, needs: tuple[bool, ...], dz: Tensor) -> Any:
 conv1x1.register_autograd("Conv1x1", _conv1x1_setup, _conv1x1_autograd)
 
 
+# bottleneck: a block of three convolutions, with its shortcut -----------------------------------
+
+
+class _Bottleneck(NamedTuple):
+    """The arguments of bottleneck behind x."""
+
+    weight1: Tensor
+    bn1: BatchNorm
+    weight2: Tensor
+    bn2: BatchNorm
+    weight3: Tensor
+    bn3: BatchNorm
+    residual: Tensor | None  # None: x, or the 1x1 convolution of x with residual_weight
+    residual_weight: Tensor | None
+    residual_bn: BatchNorm
+    residual_stride: int
+    stride: int
+    groups: int
+    dilation: int
+    backend: str
+
+    @classmethod
+    def of(cls, args: tuple) -> _Bottleneck:
+        bn1, bn2, bn3, residual_bn = (BatchNorm(*args[at : at + 6]) for at in (1, 8, 15, 23))
+        weight1, weight2, weight3, residual, residual_weight = (args[i] for i in (0, 7, 14, 21, 22))
+        convs = weight1, bn1, weight2, bn2, weight3, bn3
+        return cls(*convs, residual, residual_weight, residual_bn, *args[29:])
+
+    @property
+    def conv(self) -> tuple[int, int, int]:
+        return self.stride, self.groups, self.dilation
+
+
+def _bottleneck_forward(x: Tensor, *args: Any) -> Results:
+    b = _Bottleneck.of(args)
+    x = _nhwc(x)
+    kernels = _serving_bn(x, True, b.backend)
+    z1, stats1 = _conv1x1_stats(kernels, b.bn1.training, x, b.weight1)
+    z3, z2, vectors2, vectors1, stats3 = _conv_bn_relu(
+        *(z1, b.weight2, *b.bn2, None, *b.bn1, b.weight3, *b.conv, b.backend),
+        x_stats=stats1,
+        stats=b.bn3.training,
+    )
+    residual, z4, stats4 = x if b.residual is None else b.residual, None, None
+    if b.residual_weight is not None:
+        training, stride = b.residual_bn.training, b.residual_stride
+        z4, stats4 = _conv1x1_stats(kernels, training, x, b.residual_weight, stride=stride)
+        residual = z4
+    y, vectors3, vectors4 = _bn_relu(
+        *(z3, *b.bn3, residual, *b.residual_bn, b.backend),
+        z_stats=stats3,
+        residual_stats=stats4,
+    )
+    return y, z1, z2, z3, z4, vectors1, vectors2, vectors3, vectors4
+
+
+def _bottleneck_fake(x: Tensor, *args: Any) -> Results:
+    b = _Bottleneck.of(args)
+    z1 = _fake_conv(x, b.weight1.shape[0], 1)
+    z2 = _fake_conv(z1, b.weight2.shape[0], b.stride)
+    z3 = _fake_conv(z2, b.weight3.shape[0], 1)
+    z4 = None
+    if b.residual_weight is not None:
+        z4 = _fake_conv(x, b.residual_weight.shape[0], b.residual_stride)
+    found = zip((z1, z2, z3, z3), (b.bn1, b.bn2, b.bn3, b.residual_bn), strict=True)
+    return _like_nhwc(z3), z1, z2, z3, z4, *(_fake_vectors(z, bn) for z, bn in found)
+
+
+bottleneck = Operator(
+    f"bottleneck(Tensor x, Tensor weight1, {_schema_of_bn('bn1_')}, Tensor weight2, "
+    f"{_schema_of_bn('bn2_')}, Tensor weight3, {_schema_of_bn('bn3_')}, Tensor? residual, "
+    f"Tensor? residual_weight, {_schema_of_bn('residual_')}, int residual_stride, int stride, "
+    "int groups, int dilation, str backend) -> (Tensor y, Tensor z1, Tensor z2, Tensor z3, "
+    "Tensor z4, Tensor vectors1, Tensor vectors2, Tensor vectors3, Tensor residual_vectors)",
+    _bottleneck_forward,
+    _bottleneck_fake,
+)
+
+
+def _bottleneck_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    weight3: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    y: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    z3: Tensor,
+    vectors1: Tensor,
+    vectors2: Tensor,
+    vectors3: Tensor,
+    residual_vectors: Tensor | None,
+    residual_stride: int,
+    stride: int,
+    groups: int,
+    dilation: int,
+    training: list[bool],
+    bn_groups: list[str],
+    shared: bool,
+    needs: list[bool],
+    backend: str,
+) -> Results:
+    """`residual`: what its BatchNorm was of, if it has one; `shared`: the shortcut begins at x."""
+    need_x, need_weight1, need_bn1, need_weight2, need_bn2, need_weight3, need_bn3 = needs[:7]
+    need_residual, need_residual_weight, need_residual_bn = needs[7:]
+    training1, training2, training3, residual_training = training
+    group1, group2, group3, residual_group = bn_groups
+    need_z1 = need_x or need_weight1
+    need_z2 = need_z1 or need_bn1 or need_weight2
+    kernels = _serving_bn(x, True, backend)
+    x = _nhwc(x)
+    dx = dweight1 = dresidual_weight = None
+    dz1 = dweight2 = dgamma2 = dbeta2 = dgamma1 = dbeta1 = dweight3 = None
+    need_branch = need_z2 or need_bn2 or need_weight3
+    need_shortcut = need_residual_weight or (need_x if shared else need_residual)
+    dz3, dgamma3, dbeta3, dresidual, dresidual_gamma, dresidual_beta = _bn_relu_backward(
+        *(dy, z3, vectors3, y, residual, residual_vectors),
+        *(training3, group3, residual_training, residual_group),
+        [need_branch, need_bn3, need_shortcut, need_residual_bn],
+        backend,
+    )
+    if need_branch:
+        assert dz3 is not None
+        dz1, dweight2, dgamma2, dbeta2, _, dgamma1, dbeta1, dweight3 = _conv_bn_relu_backward(
+            *(dz3, z1, weight2, z2, vectors2, None, vectors1, weight3, stride, groups, dilation),
+            *(training2, group2, training1, group1),
+            [need_z1, need_weight2, need_bn2, False, need_bn1, need_weight3],
+            backend,
+        )
+    del dz3  # y's size
+    if need_z1:
+        assert dz1 is not None
+        # what x has from the branch is added to what it has from the shortcut, or the other way
+        dx, dweight1 = kernels.conv1x1_backward(
+            dz1,
+            x,
+            _dense(weight1),
+            need_dx=need_x,
+            need_dweight=need_weight1,
+            dx=dresidual if need_x and shared and residual_weight is None else None,
+        )
+    if residual_weight is not None and need_shortcut:
+        dx, dresidual_weight = kernels.conv1x1_backward(
+            dresidual,
+            x,
+            _dense(residual_weight),
+            stride=residual_stride,
+            need_dx=need_x,
+            need_dweight=need_residual_weight,
+            dx=dx,
+        )
+    return (
+        *(dx, dweight1, dgamma1, dbeta1, dweight2, dgamma2, dbeta2, dweight3, dgamma3, dbeta3),
+        dresidual if need_residual and not shared else None,
+        *(dresidual_weight, dresidual_gamma, dresidual_beta),
+    )
+
+
+def _bottleneck_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    weight3: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    y: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    z3: Tensor,
+    vectors1: Tensor,
+    *args: Any,
+) -> Results:
+    shared, needs = args[-3], args[-2]
+    need_x, need_weight1, need_bn1, need_weight2, need_bn2, need_weight3, need_bn3 = needs[:7]
+    need_residual, need_residual_weight, need_residual_bn = needs[7:]
+
+    def weight(t: Tensor | None, need: bool) -> Tensor | None:
+        return _like_weight(t) if t is not None and need else None
+
+    def affine(z: Tensor, need: bool) -> tuple[Tensor | None, Tensor | None]:
+        size = z.shape[1]
+        return (vectors1.new_empty(size), vectors1.new_empty(size)) if need else (None, None)
+
+    return (
+        _like_nhwc(x) if need_x else None,
+        weight(weight1, need_weight1),
+        *affine(z1, need_bn1),
+        weight(weight2, need_weight2),
+        *affine(z2, need_bn2),
+        weight(weight3, need_weight3),
+        *affine(z3, need_bn3),
+        _like_nhwc(z3) if need_residual and not shared else None,
+        weight(residual_weight, need_residual_weight),
+        *affine(z3, need_residual_bn),
+    )
+
+
+bottleneck_backward = Operator(
+    "bottleneck_backward(Tensor dy, Tensor x, Tensor weight1, Tensor weight2, Tensor weight3, "
+    "Tensor? residual, Tensor? residual_weight, Tensor y, Tensor z1, Tensor z2, Tensor z3, "
+    "Tensor vectors1, Tensor vectors2, Tensor vectors3, Tensor? residual_vectors, "
+    "int residual_stride, int stride, int groups, int dilation, bool[4] training, "
+    "str[] bn_groups, bool shared, bool[10] needs, str backend) -> (Tensor dx, Tensor dweight1, "
+    "Tensor dgamma1, Tensor dbeta1, Tensor dweight2, Tensor dgamma2, Tensor dbeta2, "
+    "Tensor dweight3, Tensor dgamma3, Tensor dbeta3, Tensor dresidual, Tensor dresidual_weight, "
+    "Tensor dresidual_gamma, Tensor dresidual_beta)",
+    _bottleneck_backward,
+    _bottleneck_backward_fake,
+)
+
+
+def _bottleneck_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, *args = inputs
+    b = _Bottleneck.of(tuple(args))
+    y, z1, z2, z3, z4, *vectors, residual_vectors = output
+    has_bn = b.residual_bn.eps is not None
+    ctx.save_for_backward(
+        *(x, b.weight1, *b.bn1[:2], b.weight2, *b.bn2[:2], b.weight3, *b.bn3[:2]),
+        *(b.residual if has_bn else None, b.residual_weight, *b.residual_bn[:2]),
+        *(y, z1, z2, z3, None if b.residual_weight is None else z4),
+        *vectors,
+        residual_vectors if has_bn else None,
+    )
+    ctx.shared = b.residual is None
+    ctx.bns = [_SavedBatchNorm.of(bn) for bn in (b.bn1, b.bn2, b.bn3, b.residual_bn)]
+    ctx.residual_stride, ctx.conv, ctx.backend = b.residual_stride, b.conv, b.backend
+
+
+# Where the differentiable inputs stand in the schema: x, weight and gamma, beta three times,
+# residual, residual_weight, residual_gamma, residual_beta.
+_BOTTLENECK_INPUTS = (0, 1, 2, 3, 8, 9, 10, 15, 16, 17, 22, 23, 24, 25)
+
+
+def _bottleneck_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
+    saved = ctx.saved_tensors
+    inputs, (y, z1, z2, z3, z4, *vectors) = saved[:14], saved[14:]
+    has_bn = vectors[3] is not None
+    if torch.is_grad_enabled():
+        stride, groups, dilation = ctx.conv
+        bn1, bn2, bn3, residual_bn = ctx.bns
+
+        def expression(*inputs: Any) -> Tensor:
+            x, weight1, gamma1, beta1, weight2, gamma2, beta2, weight3, gamma3, beta3 = inputs[:10]
+            residual, residual_weight, *residual_affine = inputs[10:]
+            t = F.relu(bn1.expression(torch.conv2d(x, weight1), gamma1, beta1, vectors[0]))
+            t = torch.conv2d(t, weight2, None, stride, dilation, dilation, groups)
+            t = F.relu(bn2.expression(t, gamma2, beta2, vectors[1]))
+            t = bn3.expression(torch.conv2d(t, weight3), gamma3, beta3, vectors[2])
+            if residual_weight is not None:
+                residual = torch.conv2d(x, residual_weight, None, ctx.residual_stride)
+            elif ctx.shared:
+                residual = x
+            if has_bn:
+                residual = residual_bn.expression(residual, *residual_affine, vectors[3])
+            return _relu_as(y, t if residual is None else t + residual)
+
+        found = _differentiate(expression, dy, *inputs)
+        if not (ctx.shared or has_bn):
+            found[10] = _relu_as(y, dy)
+    else:
+        x, weight1, _, _, weight2, _, _, weight3, _, _, residual, residual_weight, _, _ = inputs
+        n = [needs[i] for i in _BOTTLENECK_INPUTS]
+        affines = [n[i] or n[i + 1] for i in (2, 5, 8, 12)]
+        found = bottleneck_backward(
+            *(dy, x, weight1, weight2, weight3),
+            *((z4 if has_bn else None) if residual is None else residual, residual_weight),
+            *(y, z1, z2, z3, *vectors, ctx.residual_stride, *ctx.conv),
+            [bn.training for bn in ctx.bns],
+            [bn.group for bn in ctx.bns],
+            ctx.shared,
+            [*n[:2], affines[0], n[4], affines[1], n[7], affines[2], *n[10:12], affines[3]],
+            ctx.backend,
+        )
+    return zip(_BOTTLENECK_INPUTS, found, strict=True)
+
+
+bottleneck.register_autograd("Bottleneck", _bottleneck_setup, _bottleneck_autograd)
+
+
 # Formulas for torch.utils.flop_counter: convolutions alone count, as with torch's own operators ---
 
 
@@ -1149,3 +1463,29 @@ def _conv1x1_backward_flops(
     dz: Any, x: Any, weight: Any, stride: Any, needs: Any, *_: Any, **__: Any
 ) -> int:
     return sum(needs) * conv_flop_count(x, weight, dz)
+
+
+@register_flop_formula(torch.ops.resnext_kernels.bottleneck)
+def _bottleneck_flops(x: Any, *args: Any, out_shape: Any, **_: Any) -> int:
+    _, z1, z2, z3, z4, *_ = out_shape
+    weight1, weight2, weight3, residual_weight = args[0], args[7], args[14], args[22]
+    flops = conv_flop_count(x, weight1, z1) + conv_flop_count(z1, weight2, z2)
+    flops += conv_flop_count(z2, weight3, z3)
+    return flops + (conv_flop_count(x, residual_weight, z4) if residual_weight else 0)
+
+
+@register_flop_formula(torch.ops.resnext_kernels.bottleneck_backward)
+def _bottleneck_backward_flops(
+    dy: Any, x: Any, weight1: Any, weight2: Any, weight3: Any, *args: Any, **_: Any
+) -> int:
+    residual_weight, _, z1, z2, z3 = args[1:6]
+    needs = args[-2]
+    need_x, need_weight1, need_bn1, need_weight2, need_bn2, need_weight3, *_ = needs
+    need_z1 = need_x or need_weight1 or need_bn1
+    need_z2 = need_z1 or need_weight2 or need_bn2
+    flops = (need_x + need_weight1) * conv_flop_count(x, weight1, z1)
+    flops += (need_z1 + need_weight2) * conv_flop_count(z1, weight2, z2)
+    flops += (need_z2 + need_weight3) * conv_flop_count(z2, weight3, z3)
+    if residual_weight:
+        flops += (need_x + needs[8]) * conv_flop_count(x, residual_weight, dy)
+    return flops

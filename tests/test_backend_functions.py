@@ -240,7 +240,8 @@ def test_statistics_of_many_images(target: Target) -> None:
 def assert_statistics_of_both(target: Target, groups: int, z: Tensor) -> None:
     """z by itself, and the same through a convolution's epilogue: one tap, one channel each.
 
-    The one tap gives z back up to rounding: F(2, 3) sums neighbours before it tells them apart.
+    The one tap gives z back up to rounding: F(2, 3) sums neighbours before it tells them apart. The
+    1x1 convolution gives z itself.
     """
     assert_statistics(target, z.double(), *target.module.batch_stats(z))
     n, k, h, w = z.shape
@@ -252,6 +253,9 @@ def assert_statistics_of_both(target: Target, groups: int, z: Tensor) -> None:
     rounding = 3 * torch.finfo(torch.float32).eps + torch.finfo(z.dtype).eps
     assert ((copied.double() - z.double()).abs() <= rounding * z.double().abs().max()).all()
     assert_statistics(target, copied.double(), mean, var)
+    same, stats = target.module.conv1x1_stats(z, torch.eye(k)[:, :, None, None].to(z))
+    assert torch.equal(same, z)
+    assert_statistics(target, z.double(), *stats)
 
 
 @each_case
@@ -287,6 +291,19 @@ def test_bn_relu_backward(case: Case, target: Target) -> None:
         name = f"with {from_y=}"
         assert_exactly(f"sum_g {name}", sum_g, g.sum((0, 2, 3)), t.scale.dtype)
         assert_exactly(f"sum_g_xhat {name}", sum_g_xhat, (g * xhat).sum((0, 2, 3)), t.scale.dtype)
+
+
+@each_case
+def test_bn_residual_relu_backward(case: Case, target: Target) -> None:
+    target.require(case)
+    t = Exact(case, target)
+    xhat = affine(t.z.double(), t.rstd, -t.mean * t.rstd)
+    y, truth = t.y(True), t.masked_dy(True)
+    g, sum_g, sum_g_xhat = target.module.bn_residual_relu_backward(t.dy, t.z, y, t.mean, t.rstd)
+    assert_exactly("g", g, truth, target.dtype)
+    assert_channels_last("g", g)
+    assert_exactly("sum_g", sum_g, truth.sum((0, 2, 3)), t.scale.dtype)
+    assert_exactly("sum_g_xhat", sum_g_xhat, (truth * xhat).sum((0, 2, 3)), t.scale.dtype)
 
 
 @each_case
@@ -539,6 +556,18 @@ def test_conv1x1(case: Case, target: Target) -> None:
 
 
 @each_1x1
+def test_conv1x1_stats(case: Case, target: Target) -> None:
+    t = Exact1x1(case, target)
+    for prologue in BOTH:
+        args = {"prologue": t.prologue(prologue), "stride": case.stride}
+        z, stats = target.module.conv1x1_stats(t.x, t.weight, **args)
+        assert torch.equal(z, target.module.conv1x1(t.x, t.weight, **args))
+        assert stats.shape == (2, case.k)
+        if case.n:
+            assert_statistics(target, z.double(), *stats)
+
+
+@each_1x1
 def test_conv1x1_affine_relu(case: Case, target: Target) -> None:
     if case.stride != 1:
         pytest.skip("the contract has stride 1 alone")
@@ -589,6 +618,25 @@ def test_conv1x1_backward(case: Case, target: Target) -> None:
             if need_dweight:
                 assert weight_format(dweight) is not None
                 assert_exactly(f"dweight, {name}", dweight, truth[1], target.dtype, peer[1])
+
+
+@each_1x1
+def test_conv1x1_backward_adds(case: Case, target: Target) -> None:
+    """dx in place to a gradient that is there, the sum of the two rounded or not before."""
+    t = Exact1x1(case, target)
+    before = (
+        t.integers(2, *t.x.shape).to(target.dtype).contiguous(memory_format=torch.channels_last)
+    )
+    alone, _ = target.module.conv1x1_backward(
+        t.dy, t.x, t.weight, stride=case.stride, need_dweight=False
+    )
+    dx = before.clone(memory_format=torch.preserve_format)
+    found, dweight = target.module.conv1x1_backward(
+        t.dy, t.x, t.weight, stride=case.stride, need_dweight=False, dx=dx
+    )
+    assert dweight is None
+    assert found is dx
+    assert torch.equal(dx, before + alone)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)

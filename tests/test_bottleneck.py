@@ -219,12 +219,14 @@ def test_conv1x1_sees_a_changed_weight(target: Target) -> None:
 
 @dataclass
 class Block:
-    """The tensors of a bottleneck behind its first convolution."""
+    """The tensors of a bottleneck."""
 
-    z: Tensor
+    x: Tensor
+    first: Tensor
     weight: Tensor
     pointwise: Tensor
     residual: Tensor
+    residual_weight: Tensor
     dy: Tensor
     bns: list[Tensor]  # gamma, beta, running_mean, running_var; of bn1, bn2, bn3, residual_bn
 
@@ -235,10 +237,13 @@ class Block:
         wide = torch.promote_types(images[0].dtype, torch.float32)
         return Block(*images, [v.detach().clone().to(images[0].device, wide) for v in self.bns])
 
-    def leaves(self, residual_bn: bool) -> list[Tensor]:
-        count = 16 if residual_bn else 12
+    def leaves(self, shortcut: str) -> list[Tensor]:
+        count = 12 if shortcut in ("x", "residual") else 16
         affine = [v for i, v in enumerate(self.bns[:count]) if i % 4 < 2]
-        return [self.z, self.weight, self.pointwise, self.residual, *affine]
+        leaves = [self.x, self.first, self.weight, self.pointwise, *affine]
+        if shortcut == "conv":
+            return [*leaves, self.residual_weight]
+        return leaves if shortcut == "x" else [*leaves, self.residual]
 
 
 CONV = {"stride": 1, "groups": 8}
@@ -247,21 +252,30 @@ EPS = 2.0**-8  # with variances of 1 - 2**-8: a standard deviation of 1
 
 
 def make_block(conv: dict[str, int]) -> Block:
-    n, c, k, h, w = 2, 32, 64, 6, 7
+    n, b, c, k, h, w = 2, 64, 32, 64, 6, 7
     out = n, k, (h - 1) // conv["stride"] + 1, (w - 1) // conv["stride"] + 1
 
     def one_of(values: list[float], size: int) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)[torch.randint(len(values), (size,))]
 
+    def sums_of_two(k: int) -> Tensor:  # of channels: what follows stays small
+        weight = torch.zeros(k, b, 1, 1, dtype=torch.float64)
+        for row in weight:
+            row[torch.randperm(b)[:2]] = 2.0 * torch.randint(2, (2, 1, 1)).double() - 1
+        return weight
+
     vectors: list[Tensor] = []
-    for size in (c, c, k, k):
-        vectors += [one_of([-1.0, 0.5, 1.0], size), one_of([-0.5, 0.0, 1.0], size)]
+    # In training a channel may have a pixel that is its mean: without a shift, a ReLU of about 0.
+    for size, shifts in ((c, [-0.5, 0.5, 1.0]), *((size, [-0.5, 0.0, 1.0]) for size in (c, k, k))):
+        vectors += [one_of([-1.0, 0.5, 1.0], size), one_of(shifts, size)]
         vectors += [one_of([-0.5, 0.0, 1.0], size), torch.full((size,), 1 - EPS).double()]
     return Block(
-        channels_last(integers(2, n, c, h, w)),
+        channels_last(integers(2, n, b, h, w)),
+        sums_of_two(c),
         integers(1, c, c // conv["groups"], 3, 3),
         integers(1, k, c, 1, 1),
         channels_last(integers(3, *out)),
+        sums_of_two(k),
         channels_last(integers(2, *out)),
         vectors,
     )
@@ -271,28 +285,40 @@ def states(t: Block, training: bool) -> list[BatchNormState]:
     return [BatchNormState(*t.bns[4 * i : 4 * i + 4], training=training, eps=EPS) for i in range(4)]
 
 
-def ours(t: Block, conv: dict[str, int], training: bool, residual_bn: bool, backend: str) -> Tensor:
+def ours(t: Block, conv: dict[str, int], training: bool, shortcut: str, backend: Any) -> Tensor:
     bn1, bn2, bn3, bn4 = states(t, training)
     return bottleneck(
-        *(t.z, bn1, t.weight, bn2, t.pointwise, bn3, t.residual),
-        residual_bn=bn4 if residual_bn else None,
+        *(t.x, t.first, bn1, t.weight, bn2, t.pointwise, bn3),
+        residual=t.residual if shortcut.startswith("residual") else None,
+        residual_weight=t.residual_weight if shortcut == "conv" else None,
+        residual_bn=bn4 if shortcut in ("residual-bn", "conv") else None,
+        residual_stride=conv["stride"],
         backend=backend,
         **conv,
     )
 
 
-def torchs(t: Block, conv: dict[str, int], training: bool, residual_bn: bool) -> Tensor:
+def torchs(t: Block, conv: dict[str, int], training: bool, shortcut: str) -> Tensor:
     def batch_norm(z: Tensor, i: int) -> Tensor:
         gamma, beta, mean, var = t.bns[4 * i : 4 * i + 4]
         return F.batch_norm(z, mean, var, gamma, beta, training, 0.1, EPS)
 
-    z = F.conv2d(F.relu(batch_norm(t.z, 0)), t.weight, padding=1, **conv)
+    z = F.conv2d(F.relu(batch_norm(F.conv2d(t.x, t.first), 0)), t.weight, padding=1, **conv)
     z = F.conv2d(F.relu(batch_norm(z, 1)), t.pointwise)
-    return F.relu(batch_norm(z, 2) + (batch_norm(t.residual, 3) if residual_bn else t.residual))
+    residual = t.x if shortcut == "x" else t.residual
+    if shortcut == "conv":
+        residual = F.conv2d(t.x, t.residual_weight, None, conv["stride"])
+    if shortcut in ("residual-bn", "conv"):
+        residual = batch_norm(residual, 3)
+    return F.relu(batch_norm(z, 2) + residual)
 
 
-each_block = pytest.mark.parametrize("conv", [CONV, STRIDED], ids=["stride1", "stride2"])
-with_residual_bn = pytest.mark.parametrize("residual_bn", BOTH, ids=["residual", "residual-bn"])
+SHORTCUTS = ("x", "residual", "residual-bn", "conv")
+each_block = pytest.mark.parametrize(
+    ("conv", "shortcut"),
+    [*((CONV, s) for s in SHORTCUTS), *((STRIDED, s) for s in SHORTCUTS[1:])],
+    ids=[*SHORTCUTS, *(f"{s}-stride2" for s in SHORTCUTS[1:])],
+)
 
 
 def require_block(target: Target, conv: dict[str, int]) -> None:
@@ -301,29 +327,26 @@ def require_block(target: Target, conv: dict[str, int]) -> None:
 
 
 @each_block
-@with_residual_bn
-def test_bottleneck_in_eval(conv: dict[str, int], residual_bn: bool, target: Target) -> None:
+def test_bottleneck_in_eval(conv: dict[str, int], shortcut: str, target: Target) -> None:
     """With and without gradients."""
     require_block(target, conv)
     block = make_block(conv)
     t, truth_t = block.to(target.device, target.dtype), block.to(torch.float64)
     before = [v.clone() for v in t.bns]
     with torch.no_grad():
-        y = ours(t, conv, False, residual_bn, target.backend)
-    truth = torchs(truth_t, conv, False, residual_bn)
+        y = ours(t, conv, False, shortcut, target.backend)
+    truth = torchs(truth_t, conv, False, shortcut)
     assert y.dtype == target.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     if not exact(target):
-        peer = torchs(t, conv, False, residual_bn)
+        peer = torchs(t, conv, False, shortcut)
         assert_as_exact_as_torch("y", y, truth, peer, floor(target.dtype, largest(truth)))
         return
     assert_equal("y without gradients", y, truth)
-    leaves, truth_leaves = (
-        [v.requires_grad_() for v in b.leaves(residual_bn)] for b in (t, truth_t)
-    )
-    y = ours(t, conv, False, residual_bn, target.backend)
+    leaves, truth_leaves = ([v.requires_grad_() for v in b.leaves(shortcut)] for b in (t, truth_t))
+    y = ours(t, conv, False, shortcut, target.backend)
     assert_equal("y with gradients", y, truth)
-    truth = torchs(truth_t, conv, False, residual_bn)
+    truth = torchs(truth_t, conv, False, shortcut)
     found = torch.autograd.grad(y, leaves, t.dy)
     for i, (gradient, t_g) in enumerate(
         zip(found, torch.autograd.grad(truth, truth_leaves, truth_t.dy), strict=True)
@@ -333,94 +356,104 @@ def test_bottleneck_in_eval(conv: dict[str, int], residual_bn: bool, target: Tar
 
 
 @each_block
-@with_residual_bn
-def test_bottleneck_in_training(conv: dict[str, int], residual_bn: bool, target: Target) -> None:
-    """The very bits of conv_bn_relu and bn_relu, which are held to float64 by themselves."""
+def test_bottleneck_in_training(conv: dict[str, int], shortcut: str, target: Target) -> None:
+    """As exact as conv1x1, conv_bn_relu and bn_relu, which are held to float64 by themselves.
+
+    Their very bits, but that a backend may take statistics while it computes what they are of.
+    """
     require_block(target, conv)
     block = make_block(conv)
     one, two = (block.to(target.device, target.dtype) for _ in range(2))
-    leaves = [[v.requires_grad_() for v in t.leaves(residual_bn)] for t in (one, two)]
-    y = ours(one, conv, True, residual_bn, target.backend)
+    three = block.to(torch.float64)
+    exacts = [v.requires_grad_() for v in three.leaves(shortcut)]
+    truth = torchs(three, conv, True, shortcut)
+    truths = torch.autograd.grad(truth, exacts, three.dy)
+    leaves = [[v.requires_grad_() for v in t.leaves(shortcut)] for t in (one, two)]
+    y = ours(one, conv, True, shortcut, target.backend)
     bn1, bn2, bn3, bn4 = states(two, True)
-    args = {"input_bn": bn1, "pointwise_weight": two.pointwise, "backend": target.backend}
-    z = conv_bn_relu(two.z, two.weight, bn2, **args, **conv)
-    expected = bn_relu(
-        z,
-        bn3,
-        residual=two.residual,
-        residual_bn=bn4 if residual_bn else None,
-        backend=target.backend,
-    )
-    assert torch.equal(y, expected)
-    pairs = zip(
-        torch.autograd.grad(y, leaves[0], one.dy),
-        torch.autograd.grad(expected, leaves[1], two.dy),
-        strict=True,
-    )
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert all(torch.equal(a, b) for a, b in zip(one.bns, two.bns, strict=True))
+    backend = {"backend": target.backend}
+    z = conv1x1(two.x, two.first, **backend)
+    args = {"input_bn": bn1, "pointwise_weight": two.pointwise}
+    z = conv_bn_relu(z, two.weight, bn2, **args, **backend, **conv)
+    residual = two.x if shortcut == "x" else two.residual
+    if shortcut == "conv":
+        residual = conv1x1(two.x, two.residual_weight, stride=conv["stride"], **backend)
+    residual_bn = bn4 if shortcut in ("residual-bn", "conv") else None
+    expected = bn_relu(z, bn3, residual=residual, residual_bn=residual_bn, **backend)
+    found = [y, *torch.autograd.grad(y, leaves[0], one.dy), *one.bns]
+    peers = [expected, *torch.autograd.grad(expected, leaves[1], two.dy), *two.bns]
+    for i, (actual, t, peer) in enumerate(
+        zip(found, [truth, *truths, *three.bns], peers, strict=True)
+    ):
+        assert_as_exact_as_torch(f"{i}", actual, t, peer, floor(actual.dtype, largest(t)))
 
 
 @each_block
-@with_residual_bn
-def test_bottleneck_trains_as_torch(conv: dict[str, int], residual_bn: bool) -> None:
+def test_bottleneck_trains_as_torch(conv: dict[str, int], shortcut: str) -> None:
     """In float64: outputs, gradients, running statistics, to the roundings of float64 alone."""
     block = make_block(conv)
     one, two = block.to(torch.float64), block.to(torch.float64)
     results = []
     for t in (one, two):
-        leaves = [v.requires_grad_() for v in t.leaves(residual_bn)]
+        leaves = [v.requires_grad_() for v in t.leaves(shortcut)]
         if t is one:
-            y = ours(t, conv, True, residual_bn, "reference")
+            y = ours(t, conv, True, shortcut, "reference")
         else:
-            y = torchs(t, conv, True, residual_bn)
+            y = torchs(t, conv, True, shortcut)
         results.append([y, *torch.autograd.grad(y, leaves, t.dy), *t.bns])
     for actual, expected in zip(*results, strict=True):
         tolerance = floor(torch.float64, largest(expected))
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def test_bottleneck_is_twice_differentiable() -> None:
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_bottleneck_is_twice_differentiable(shortcut: str) -> None:
     conv = {"stride": 1, "groups": 2}
-    n, c, k = 2, 2, 3
-    images = [torch.randn(n, c, 2, 2).double(), torch.randn(c, 1, 3, 3).double()]
-    images += [torch.randn(k, c, 1, 1).double(), torch.randn(n, k, 2, 2).double()]
+    n, b, c = 2, 3, 2
+    images = [torch.randn(n, b, 2, 2).double(), torch.randn(c, b, 1, 1).double()]
+    images += [torch.randn(c, 1, 3, 3).double(), torch.randn(b, c, 1, 1).double()]
+    if shortcut != "x":
+        images.append(torch.randn(*((b, b, 1, 1) if shortcut == "conv" else (n, b, 2, 2))).double())
     for t in images:
         t.requires_grad_()
 
-    def op(z: Tensor, weight: Tensor, pointwise: Tensor, residual: Tensor) -> Tensor:
-        bn1, bn2, bn3 = (BatchNormState(None, None, None, None, training=True) for _ in range(3))
+    def op(x: Tensor, first: Tensor, weight: Tensor, pointwise: Tensor, *last: Tensor) -> Tensor:
+        bn1, bn2, bn3, bn4 = (BatchNormState(None, None, None, None, training=True),) * 4
         return bottleneck(
-            *(z, bn1, weight, bn2, pointwise, bn3, residual), backend="reference", **conv
+            *(x, first, bn1, weight, bn2, pointwise, bn3),
+            residual=last[0] if shortcut.startswith("residual") else None,
+            residual_weight=last[0] if shortcut == "conv" else None,
+            residual_bn=bn4 if shortcut in ("residual-bn", "conv") else None,
+            backend="reference",
+            **conv,
         )
 
     assert torch.autograd.gradgradcheck(op, images)
 
 
 @pytest.mark.parametrize("training", BOTH, ids=["eval", "train"])
-@pytest.mark.parametrize("formats", list(itertools.product(BOTH, BOTH, BOTH)), ids=str)
+@pytest.mark.parametrize("formats", list(itertools.product(BOTH, BOTH, BOTH, BOTH)), ids=str)
 def test_memory_format_of_the_bottleneck(formats: tuple[bool, ...], training: bool) -> None:
-    """As the convolutions give it, whichever of z and the weights are channels_last."""
+    """As the convolutions give it, whichever of x and the weights are channels_last."""
     t = make_block(CONV).to(torch.float32)
-    for name, nhwc in zip(("z", "weight", "pointwise"), formats, strict=True):
+    for name, nhwc in zip(("x", "first", "weight", "pointwise"), formats, strict=True):
         memory_format = torch.channels_last if nhwc else torch.contiguous_format
         setattr(t, name, getattr(t, name).clone(memory_format=memory_format))
-    assert (
-        ours(t, CONV, training, False, None).stride() == torchs(t, CONV, training, False).stride()
-    )
+    y, expected = ours(t, CONV, training, "x", None), torchs(t, CONV, training, "x")
+    assert y.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("training", BOTH, ids=["eval", "train"])
 def test_bottleneck_under_autocast(training: bool) -> None:
     t = make_block(CONV).to(torch.float32)
-    leaves = [v.requires_grad_() for v in t.leaves(False)]
+    leaves = [v.requires_grad_() for v in t.leaves("residual")]
     with torch.autocast("cpu", torch.bfloat16):
-        y = ours(t, CONV, training, False, None)
+        y = ours(t, CONV, training, "residual", None)
         with torch.no_grad():
-            again = ours(t, CONV, training, False, None)
-        peer = torchs(t, CONV, training, False).to(torch.bfloat16)  # float32: the residual's
-    assert [g.dtype for g in torch.autograd.grad(y.float().sum(), leaves)] == [torch.float32] * 10
-    truth = torchs(t.to(torch.float64), CONV, training, False)
+            again = ours(t, CONV, training, "residual", None)
+        peer = torchs(t, CONV, training, "residual").to(torch.bfloat16)  # float32: the residual's
+    assert [g.dtype for g in torch.autograd.grad(y.float().sum(), leaves)] == [torch.float32] * 11
+    truth = torchs(t.to(torch.float64), CONV, training, "residual")
     for result in (y, again):
         assert_as_exact_as_torch("y", result, truth, peer, floor(torch.bfloat16, largest(truth)))
 
@@ -428,11 +461,11 @@ def test_bottleneck_under_autocast(training: bool) -> None:
 @pytest.mark.parametrize("training", BOTH, ids=["eval", "train"])
 def test_bottleneck_of_no_images(training: bool) -> None:
     t = make_block(CONV).to(torch.float32)
-    t.z, t.residual, t.dy = t.z[:0], t.residual[:0], t.dy[:0]
-    leaves = [v.requires_grad_() for v in t.leaves(True)]
+    t.x, t.dy = t.x[:0], t.dy[:0]
+    leaves = [v.requires_grad_() for v in t.leaves("conv")]
     with torch.no_grad():
-        assert ours(t, CONV, False, True, None).shape == (0, 64, 6, 7)
-    y = ours(t, CONV, training, True, None)
+        assert ours(t, CONV, False, "conv", None).shape == (0, 64, 6, 7)
+    y = ours(t, CONV, training, "conv", None)
     assert y.shape == (0, 64, 6, 7)
     assert not any(g.any() for g in torch.autograd.grad(y, leaves, t.dy))
 
@@ -444,23 +477,34 @@ def test_flops_are_torchs(stride: int) -> None:
 
     def count(op: Any, *, backward: bool, grad: bool) -> int:
         t = make_block(conv).to(torch.float32)
-        first = torch.randn(48, 32, 1, 1)
+        weights = [t.first, t.weight, t.pointwise, t.residual_weight]
         if grad:
-            for v in (t.weight, t.pointwise, first):
+            for v in weights:
                 v.requires_grad_()
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
-            y, z = op(t, first)
+            y = op(t)
             if backward:
-                torch.autograd.grad(y.sum() + z.sum(), [t.weight, t.pointwise, first])
+                torch.autograd.grad(y.sum(), weights)
         return counter.get_total_flops()
 
-    def fused(t: Block, first: Tensor) -> tuple[Tensor, Tensor]:
-        return ours(t, conv, False, False, None), conv1x1(t.z, first, stride=conv["stride"])
+    def fused(t: Block) -> Tensor:
+        return ours(t, conv, False, "conv", None)
 
-    def plain(t: Block, first: Tensor) -> tuple[Tensor, Tensor]:
-        return torchs(t, conv, False, False), F.conv2d(t.z, first, None, conv["stride"])
+    def plain(t: Block) -> Tensor:
+        return torchs(t, conv, False, "conv")
 
     for grad, backward in ((False, False), (True, False), (True, True)):
         assert count(fused, grad=grad, backward=backward) == count(
             plain, grad=grad, backward=backward
         )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_flops_of_conv1x1_are_torchs(stride: int) -> None:
+    x, weight = torch.randn(2, 32, 6, 7), torch.randn(16, 32, 1, 1, requires_grad=True)
+    counts = []
+    for op in (conv1x1, lambda x, weight, stride: F.conv2d(x, weight, None, stride)):
+        with FlopCounterMode(display=False) as counter:
+            op(channels_last(x), weight, stride=stride).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]

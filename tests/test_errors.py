@@ -164,7 +164,7 @@ for vector in ("gamma", "beta", "running_mean", "running_var"):
 
 
 FUNCTIONS = ("conv_affine_relu", "conv_stats", "normalize_relu", "batch_stats", "conv1x1")
-FUNCTIONS += ("conv_bn_relu", "conv1x1_affine_relu", "bn_affine", "bn_vectors")
+FUNCTIONS += ("conv_bn_relu", "conv1x1_stats", "conv1x1_affine_relu", "bn_affine", "bn_vectors")
 
 
 @pytest.fixture
@@ -318,14 +318,15 @@ def test_bad_argument_of_conv1x1(name: str, memory_format: torch.memory_format) 
 
 
 def bottleneck_arguments(training: bool) -> dict[str, Any]:
-    """A good call: 16 to 24 channels in 8 groups, then 32."""
+    """A good call: 40 to 16 to 24 channels in 8 groups, then 32."""
 
     def bn(channels: int) -> BatchNormState:
         vectors = [torch.zeros(channels), torch.ones(channels)]
         return BatchNormState(torch.rand(channels), torch.rand(channels), *vectors, training)
 
     return {
-        "z": torch.randn(2, 16, 5, 6),
+        "x": torch.randn(2, 40, 5, 6),
+        "first_weight": torch.randn(16, 40, 1, 1),
         "bn1": bn(16),
         "weight": torch.randn(24, 2, 3, 3),
         "bn2": bn(24),
@@ -338,18 +339,31 @@ def bottleneck_arguments(training: bool) -> dict[str, Any]:
 
 
 BAD_BOTTLENECK: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
-    "z of rank 3": ({"z": torch.randn(16, 5, 6)}, ValueError, ["z ", "(16, 5, 6)", "4 dim"]),
-    "z of integers": (
-        {"z": torch.ones(2, 16, 5, 6, dtype=torch.int64)},
+    "x of rank 3": ({"x": torch.randn(40, 5, 6)}, ValueError, ["x ", "(40, 5, 6)", "4 dim"]),
+    "x of integers": (
+        {"x": torch.ones(2, 40, 5, 6, dtype=torch.int64)},
         TypeError,
-        ["z ", "int64", "float32"],
+        ["x ", "int64", "float32"],
     ),
-    "groups that do not divide": ({"groups": 5}, ValueError, ["groups", "16 channels of z", "5"]),
-    "weight of 1x1": ({"weight": torch.randn(24, 2, 1, 1)}, ValueError, ["weight", "3, 3", "of z"]),
+    "first_weight of other channels": (
+        {"first_weight": torch.randn(16, 32, 1, 1)},
+        ValueError,
+        ["first_weight", "(16, 32, 1, 1)", "(K, 40, 1, 1)"],
+    ),
+    "groups that do not divide": (
+        {"groups": 5},
+        ValueError,
+        ["groups", "16 channels of first_weight", "5"],
+    ),
+    "weight of 1x1": (
+        {"weight": torch.randn(24, 2, 1, 1)},
+        ValueError,
+        ["weight", "3, 3", "of first_weight"],
+    ),
     "weight of another dtype": (
         {"weight": torch.randn(24, 2, 3, 3).double()},
         TypeError,
-        ["weight", "z's", "float64"],
+        ["weight", "first_weight's", "float64"],
     ),
     "pointwise_weight of other channels": (
         {"pointwise_weight": torch.randn(32, 16, 1, 1)},
@@ -359,12 +373,41 @@ BAD_BOTTLENECK: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "pointwise_weight of another dtype": (
         {"pointwise_weight": torch.randn(32, 24, 1, 1).double()},
         TypeError,
-        ["pointwise_weight", "z's", "float64", "float32"],
+        ["pointwise_weight", "x's", "float64", "float32"],
     ),
     "residual at full size with stride 2": (
         {"stride": 2},
         ValueError,
         ["residual", "(2, 32, 3, 3)", "(2, 32, 5, 6)"],
+    ),
+    "residual and residual_weight": (
+        {"residual_weight": torch.randn(32, 40, 1, 1)},
+        ValueError,
+        ["residual ", "residual_weight", "together"],
+    ),
+    "residual_weight of other channels": (
+        {"residual": None, "residual_weight": torch.randn(32, 16, 1, 1)},
+        ValueError,
+        ["residual_weight", "(32, 16, 1, 1)", "(K, 40, 1, 1)"],
+    ),
+    "residual_weight to other channels": (
+        {"residual": None, "residual_weight": torch.randn(16, 40, 1, 1)},
+        ValueError,
+        ["residual_weight", "(2, 16, 5, 6)", "(2, 32, 5, 6)"],
+    ),
+    "residual_stride alone": (
+        {
+            "residual": None,
+            "residual_weight": torch.randn(32, 40, 1, 1),
+            "residual_stride": 2,
+        },
+        ValueError,
+        ["residual_weight", "(2, 32, 3, 3)", "(2, 32, 5, 6)"],
+    ),
+    "x as the residual of more channels": (
+        {"residual": None},
+        ValueError,
+        ["x ", "residual", "(2, 40, 5, 6)", "(2, 32, 5, 6)"],
     ),
     "residual on another device": (
         {"residual": torch.randn(2, 32, 5, 6, device="meta")},

@@ -136,6 +136,10 @@ def operator_calls() -> dict[str, tuple]:
     plain, normal = (x.detach(), weight.detach()), z.detach()
     bn, frozen = batch_norm(k), batch_norm(k, frozen=True)
     absent = none[:5]
+    first, third = torch.randn(12, 32, 1, 1), torch.randn(k, k, 1, 1)
+    full = torch.randn(32, k, 1, 1, requires_grad=True)
+    convs = [t.requires_grad_() for t in (first, third)]
+    branch = (wide, convs[0], *batch_norm(c), weight, *bn, convs[1], *bn)
     return {
         "conv_bn_relu_eval": (*plain, *no_affine, *conv, None, *absent),
         "conv_bn_relu_eval residual": (*plain, *running, *conv, residual.detach(), *absent),
@@ -152,6 +156,16 @@ def operator_calls() -> dict[str, tuple]:
         "bn_relu": (z, *bn, None, *none, ""),
         "bn_relu residual": (z, *bn, residual, *none, ""),
         "bn_relu full": (z, *bn, residual, *frozen, ""),
+        "bottleneck": (*branch, residual, None, *none, 1, *conv),
+        "bottleneck frozen": (
+            *(wide, convs[0], *batch_norm(c, frozen=True), weight, *frozen, convs[1], *frozen),
+            *(residual, None, *batch_norm(k, frozen=True, affine=False), 1, *conv),
+        ),
+        "bottleneck conv": (*branch, None, square, *bn, 2, *strided),
+        "bottleneck identity": (
+            *(wide, convs[0], *batch_norm(c), weight, *bn, full, *batch_norm(32)),
+            *(None, None, *none, 1, *conv),
+        ),
         "bn_relu_max_pool": (z, *bn, *pool),
         "bn_relu_max_pool frozen": (z, *frozen, *pool),
         "conv1x1": (wide, square, 1, ""),

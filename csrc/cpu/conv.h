@@ -421,11 +421,37 @@ struct BlockStatistics {
       const Vec d = (v - origin) - tile_mean;
       return d * d;
     });
-    const float share = (float)n / (count + (float)n);
+    merge(tile_mean, tile_m2, (float)n);
+  }
+  // The same of values in registers.
+  template <int R>
+  RK_INLINE void add(const Vec (&values)[R], bool first) {
+    const Vec inverse = broadcast(1.0f / (float)R);
+    if (first) {
+      Vec sum = values[0];
+#pragma GCC unroll 16
+      for (int r = 1; r < R; ++r) sum += values[r];
+      origin = sum * inverse;
+      mean = m2 = Vec{};
+      count = 0;
+    }
+    Vec sum{}, tile_m2{};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum += values[r] - origin;
+    const Vec tile_mean = sum * inverse;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec d = (values[r] - origin) - tile_mean;
+      tile_m2 += d * d;
+    }
+    merge(tile_mean, tile_m2, (float)R);
+  }
+  RK_INLINE void merge(Vec tile_mean, Vec tile_m2, float n) {
+    const float share = n / (count + n);
     const Vec delta = tile_mean - mean;
     mean += delta * broadcast(share);
     m2 += tile_m2 + delta * delta * broadcast(share * count);
-    count += (float)n;
+    count += n;
   }
   // The same update with this unit's statistics, in double.
   void merge_into(double total, int lanes, double* means, double* m2s) const {

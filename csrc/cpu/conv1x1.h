@@ -1,7 +1,7 @@
 // The dense 1x1 convolution as matrix products, for one instruction set: x (M, C), weight (K, C), z and dz (M, K).
 //
 //   z = a weight^T        da = dz weight        dweight = dz^T a        a = x or relu(in_scale * x + in_shift)
-//   y = relu(scale * z + shift [+ residual])
+//   y = relu(scale * z + shift [+ residual])      mean and variance of z per channel, taken from the registers
 //
 // A thread copies the rows that a product walks down into its own scratch memory, with a pitch known to the compiler
 // and free of cache conflicts, and multiplies there by register tiles of R rows times two vectors:
@@ -13,6 +13,7 @@
 // "Anatomy of high-performance matrix multiplication", 2008.)
 #pragma once
 
+#include "conv.h"
 #include "kernels.h"
 #include "plan.h"
 #include "pointwise.h"
@@ -30,6 +31,7 @@ constexpr int64_t kPitch = kPart + 16;  // floats from row to row of a copy: an 
 constexpr int64_t kPanelFloats = (kLanes == 16 ? 128 : 64) * 1024;  // of panels at a time, half of a usual L2
 constexpr int64_t kPixels = 128;                                    // of the copies that a dweight tile walks
 constexpr int64_t kFetch = 16;
+constexpr int64_t kTilesPerSum = kRowsPerSum / kProductRows;  // of statistics in float32
 
 // sum[v][r] = sum over d < depth of a[r * kRow + d * kStep] * b[d * kStepB + v * kLanes ...]
 template <int R, int64_t kRow, int64_t kStep, int64_t kStepB>
@@ -72,7 +74,8 @@ inline void copy_activations(int64_t rows, int64_t part_rows, int64_t columns, c
 
 // ---- z, y and da
 template <int R>
-void product_tile(int64_t depth, const float* a, const float* panel, const TileOut& to, int vectors) {
+void product_tile(int64_t depth, const float* a, const float* panel, const TileOut& to, int vectors,
+                  BlockStatistics* statistics, bool first) {
   Vec sum[2][R] = {};
   multiply<R, kPitch, 1, kPanel>(min(depth, kPart), a, panel, sum);
   while ((depth -= kPart) > 0) {  // a sum of sums of kPart terms: its error grows with the parts, not the terms
@@ -90,9 +93,12 @@ void product_tile(int64_t depth, const float* a, const float* panel, const TileO
   if (to.residual) second.residual += kLanes;
   emit(to, sum[0]);
   if (vectors > 1) emit(second, sum[1]);
+  if (!statistics) return;
+  statistics[0].add(sum[0], first);
+  statistics[1].add(sum[1], first);
 }
 
-using ProductTile = void (*)(int64_t, const float*, const float*, const TileOut&, int);
+using ProductTile = void (*)(int64_t, const float*, const float*, const TileOut&, int, BlockStatistics*, bool);
 struct ProductTiles {
   ProductTile by_rows[kProductRows + 1] = {};
   template <int R = kProductRows>
@@ -127,9 +133,10 @@ inline void pack_panels(int64_t first, int64_t last, int64_t depth, int64_t colu
   }
 }
 
-// out (M, columns) = relu(prologue(a)) or a (M, depth) times b, the weight as `pack_panels` takes it.
+// out (M, columns) = relu(prologue(a)) or a (M, depth) times b, the weight as `pack_panels` takes it; mean and var of
+// the product's columns unless null.
 inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, Affine prologue, const float* weight,
-                    bool transposed, TileOut out, int num_threads) {
+                    bool transposed, TileOut out, float* mean, float* var, int num_threads) {
   static constexpr ProductTiles tiles;
   const int64_t panels = ceil_div(columns, kPanel);
   const int64_t blocks = min(panels, ceil_div(panels * depth * kPanel, kPanelFloats));
@@ -137,11 +144,16 @@ inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, A
   const int64_t row_tiles = ceil_div(M, kProductRows);
   const int64_t pieces = min(row_tiles, num_threads == 1 ? 1 : max(2, ceil_div(8 * num_threads, blocks)));
   const int64_t parts = ceil_div(depth, kPart);
-  const Scratch scratch(num_threads, 0, block * depth * kPanel + parts * kProductRows * kPitch);
-  out.past_cache = streams(out.out, M, columns);
+  const int64_t statistics_floats = mean ? block * 2 * kStatisticsFloats : 0;
+  const Scratch scratch(num_threads, mean ? 2 * pieces * (2 * columns + 1) : 0,
+                        statistics_floats + block * depth * kPanel + parts * kProductRows * kPitch);
+  double* const counts = (double*)scratch.shared;
+  double *const means = counts + pieces, *const m2s = means + pieces * columns;
+  out.past_cache = out.residual != out.out && streams(out.out, M, columns);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && blocks * pieces > 1)
   {
-    float* packed = scratch.mine();
+    BlockStatistics* const statistics = mean ? (BlockStatistics*)scratch.mine() : nullptr;
+    float* packed = scratch.mine() + statistics_floats;
     float* rows = packed + block * depth * kPanel;
     int64_t have = -1;
 #pragma omp for schedule(dynamic, 1)
@@ -150,8 +162,8 @@ inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, A
       const int64_t first = index * panels / blocks, last = (index + 1) * panels / blocks;
       if (have != first) pack_panels(first, last, depth, columns, transposed, weight, packed);
       have = first;
-      const int64_t end = (piece + 1) * row_tiles / pieces;
-      for (int64_t tile = piece * row_tiles / pieces; tile < end; ++tile) {
+      const int64_t begin = piece * row_tiles / pieces, end = (piece + 1) * row_tiles / pieces;
+      for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t m = tile * kProductRows, count = min(kProductRows, M - m);
         const float* from = a + m * depth;
         copy_activations(count, kProductRows, depth, from, depth, prologue, rows);
@@ -159,6 +171,7 @@ inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, A
         const int64_t lines = tile + 1 < end ? min(kProductRows, M - m - kProductRows) * depth / 16 : 0;
         const int64_t quota = ceil_div(lines, last - first);
         int64_t line = 0;
+        const bool first_of_sum = (tile - begin) % kTilesPerSum == 0;
         for (int64_t panel = first; panel < last; ++panel) {
           for (int64_t stop = min(lines, line + quota); line < stop; ++line) __builtin_prefetch(next + line * 64, 0, 2);
           const int64_t n = panel * kPanel;
@@ -168,18 +181,32 @@ inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, A
           to.count = count;
           if (to.scale) to.scale += n, to.shift += n;
           if (to.residual) to.residual += m * columns + n;
-          tiles.by_rows[count](depth, rows, packed + (panel - first) * depth * kPanel, to,
-                               columns - n > kLanes ? 2 : 1);
+          tiles.by_rows[count](depth, rows, packed + (panel - first) * depth * kPanel, to, columns - n > kLanes ? 2 : 1,
+                               statistics ? statistics + 2 * (panel - first) : nullptr, first_of_sum);
+        }
+        if (statistics && ((tile + 1 - begin) % kTilesPerSum == 0 || tile + 1 == end)) {
+          const double before = (double)((tile - begin) / kTilesPerSum * kTilesPerSum * kProductRows);
+          const int64_t at = piece * columns + first * kPanel,
+                        vectors = min(columns, last * kPanel) / kLanes - 2 * first;
+          if (before == 0)
+            for (int64_t n = 0; n < vectors * kLanes; ++n) means[at + n] = m2s[at + n] = 0;
+          for (int64_t v = 0; v < vectors; ++v)
+            statistics[v].merge_into(before, kLanes, means + at + v * kLanes, m2s + at + v * kLanes);
         }
       }
       end_streaming();
     }
   }
+  if (!mean) return;
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    counts[piece] =
+        (double)(min(M, (piece + 1) * row_tiles / pieces * kProductRows) - piece * row_tiles / pieces * kProductRows);
+  merge_statistics(pieces, columns, counts, means, m2s, mean, var);
 }
 
 inline void conv1x1(int64_t M, int64_t C, int64_t K, const float* x, Affine prologue, const float* weight,
-                    Affine affine, const float* residual, float* y, int num_threads) {
-  product(M, C, K, x, prologue, weight, true, {y, K, 0, affine.scale, affine.shift, residual}, num_threads);
+                    Affine affine, const float* residual, float* y, float* mean, float* var, int num_threads) {
+  product(M, C, K, x, prologue, weight, true, {y, K, 0, affine.scale, affine.shift, residual}, mean, var, num_threads);
 }
 
 // ---- dweight
@@ -245,8 +272,9 @@ inline void conv1x1_dweight(int64_t M, int64_t C, int64_t K, const float* dz, co
 }
 
 inline void conv1x1_backward(int64_t M, int64_t C, int64_t K, const float* dz, const float* x, Affine prologue,
-                             const float* weight, float* da, float* dweight, int num_threads) {
-  if (da) product(M, K, C, dz, {}, weight, false, {da, C, 0}, num_threads);
+                             const float* weight, float* da, bool add, float* dweight, int num_threads) {
+  const TileOut out{da, C, 0, nullptr, nullptr, add ? da : nullptr};
+  if (da) product(M, K, C, dz, {}, weight, false, out, nullptr, nullptr, num_threads);
   if (dweight) conv1x1_dweight(M, C, K, dz, x, prologue, dweight, num_threads);
 }
 

@@ -58,13 +58,14 @@ struct Kernels {
                         const void* weight, void* dx, void* dweight, int num_threads);
 
   // The dense 1x1 convolution in float32 on matrices, x (M, C), weight (K, C), C and K multiples of 16:
-  // z = a weight^T, or y = relu(scale * z + shift [+ residual]) where affine is given; a = x or relu(prologue(x))
+  // z = a weight^T, or y = relu(scale * z + shift [+ residual]) where affine is given; a = x or relu(prologue(x));
+  // mean and biased variance of z per channel unless mean is null
   void (*conv1x1)(int64_t M, int64_t C, int64_t K, const float* x, Affine prologue, const float* weight, Affine affine,
-                  const float* residual, float* y, int num_threads);
+                  const float* residual, float* y, float* mean, float* var, int num_threads);
 
-  // da = dz weight unless null, dweight = dz^T a unless null
+  // da = dz weight, with `add` added to what is there, unless null; dweight = dz^T a unless null
   void (*conv1x1_backward)(int64_t M, int64_t C, int64_t K, const float* dz, const float* x, Affine prologue,
-                           const float* weight, float* da, float* dweight, int num_threads);
+                           const float* weight, float* da, bool add, float* dweight, int num_threads);
 
   // The rest works on z as an (M, C) matrix.
   void (*batch_stats)(DType, int64_t M, int64_t C, const void* z, float* mean, float* var, int num_threads);
@@ -73,9 +74,9 @@ struct Kernels {
   void (*normalize_relu)(DType, int64_t M, int64_t C, const void* z, Affine affine, const void* residual,
                          Affine residual_affine, void* y, int num_threads);
 
-  // sum_g = sum of g, sum_g_xhat = sum of g * (z - mean) * rstd
+  // sum_g = sum of g, sum_g_xhat = sum of g * (z - mean) * rstd, and g itself unless null
   void (*bn_relu_backward)(DType, int64_t M, int64_t C, const ReluBNGradient& gradient, const float* mean,
-                           const float* rstd, float* sum_g, float* sum_g_xhat, int num_threads);
+                           const float* rstd, float* sum_g, float* sum_g_xhat, void* g, int num_threads);
 
   // dz = a * g + b * z + c; dz may be dy
   void (*bn_relu_input_gradient)(DType, int64_t M, int64_t C, const ReluBNGradient& gradient, void* dz,

@@ -65,10 +65,10 @@ void normalize_relu_any(DType dtype, int64_t M, int64_t C, const void* z, Affine
 }
 
 void bn_relu_backward_any(DType dtype, int64_t M, int64_t C, const ReluBNGradient& gradient, const float* mean,
-                          const float* rstd, float* sum_g, float* sum_g_xhat, int num_threads) {
+                          const float* rstd, float* sum_g, float* sum_g_xhat, void* g, int num_threads) {
   with_dtype(dtype, [&](auto t) {
     const auto kernel = gradient.y ? bn_relu_backward<decltype(t), true> : bn_relu_backward<decltype(t), false>;
-    kernel(M, C, gradient, mean, rstd, sum_g, sum_g_xhat, num_threads);
+    kernel(M, C, gradient, mean, rstd, sum_g, sum_g_xhat, g, num_threads);
   });
 }
 

@@ -215,11 +215,12 @@ void normalize_relu(int64_t M, int64_t C, const void* z_, Affine affine, const v
   });
 }
 
-// ---- sum_g, sum_g_xhat
+// ---- sum_g, sum_g_xhat, and g unless null
 template <class T, bool kMaskFromY>
 void bn_relu_backward(int64_t M, int64_t C, const ReluBNGradient& gradient, const float* mean, const float* rstd,
-                      float* sum_g, float* sum_g_xhat, int num_threads) {
+                      float* sum_g, float* sum_g_xhat, void* g_out, int num_threads) {
   const T* z = (const T*)gradient.z;
+  const bool past_cache = streams((const T*)g_out, M, C);
   const RowBands rows(M, num_threads);
   const Scratch scratch(num_threads, 2 * 2 * rows.bands * C, 2 * (C + kLanes));
   double* sums = (double*)scratch.shared;
@@ -244,6 +245,7 @@ void bn_relu_backward(int64_t M, int64_t C, const ReluBNGradient& gradient, cons
             prefetch_ahead((const T*)gradient.dy + at);
             const Vec v = load(z + at, lanes);
             const Vec g = masked(at, v);
+            if (g_out) write((T*)g_out + at, g, lanes, past_cache);
             s += g;
             s_centred += g * (v - mu);
           }

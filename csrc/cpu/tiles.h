@@ -42,7 +42,8 @@ constexpr int accumulator(int q, int kx) {
 }
 
 // Where the A values of a tile go: pixel i < count to out + i * stride, as they are or, with a scale, as
-// relu(scale * value + shift [+ residual]). Row r of a tile of several rows is row_stride * r further.
+// relu(scale * value + shift [+ residual]); without one, residual is added alone. Row r of a tile of several rows is
+// row_stride * r further.
 struct TileOut {
   float* out = nullptr;
   int64_t stride = 0, count = 0;
@@ -69,9 +70,11 @@ RK_INLINE void emit_each(const TileOut& to, float* out, F&& value) {
 template <int A>
 RK_INLINE void emit(const TileOut& to, const Vec (&values)[A], int64_t row = 0) {
   float* const out = to.out + row * to.row_stride;
+  const float* const residual = to.residual ? to.residual + row * to.row_stride : nullptr;
+  const auto added = [&](int i) RK_INLINE_LAMBDA { return values[i] + load(residual + i * to.stride); };
+  if (!to.scale && residual) return emit_each<A>(to, out, added);
   if (!to.scale) return emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA { return values[i]; });
   const Vec scale = load(to.scale), shift = load(to.shift);
-  const float* const residual = to.residual + (to.residual ? row * to.row_stride : 0);
   if (residual)
     emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA {
       return relu(values[i] * scale + shift + load(residual + i * to.stride));

@@ -673,14 +673,18 @@ void test_matrix(DType dtype, int64_t M, int64_t C, double offset) {
           sum_g_xhat.value[channel] += g.value[i] * xhat;
           sum_g_xhat.magnitude[channel] += std::fabs(g.value[i] * xhat);
         }
-        mean.poison();
-        var.poison();
-        (*table)->bn_relu_backward(dtype, M, C, bn_gradient, center_tensor.floats(), rstd_tensor.floats(),
-                                   mean.floats(), var.floats(), threads);
-        check(name + " sum_g", mean, summed(sum_g, M));
-        check(name + " sum_g_xhat", var, summed(sum_g_xhat, M));
-        check_intact(name,
-                     {&dy_tensor, &z_tensor, &y_tensor, &scale, &shift, &center_tensor, &rstd_tensor, &mean, &var});
+        for (const bool with_g : {false, true}) {
+          mean.poison();
+          var.poison();
+          out.poison();
+          (*table)->bn_relu_backward(dtype, M, C, bn_gradient, center_tensor.floats(), rstd_tensor.floats(),
+                                     mean.floats(), var.floats(), with_g ? out.data() : nullptr, threads);
+          check(name + " sum_g", mean, summed(sum_g, M));
+          check(name + " sum_g_xhat", var, summed(sum_g_xhat, M));
+          if (with_g) check(name + " g", out, summed(g, 0));
+          check_intact(name, {&dy_tensor, &z_tensor, &y_tensor, &scale, &shift, &center_tensor, &rstd_tensor, &mean,
+                              &var, &out});
+        }
 
         bn_gradient.a = a_tensor.floats();
         bn_gradient.b = b_tensor.floats();
@@ -751,9 +755,18 @@ void test_conv1x1(int64_t M, int64_t C, int64_t K, bool poison = false) {
   Tensor x_tensor(DType::f32, x), weight_tensor(DType::f32, weight), dz_tensor(DType::f32, dz),
       residual_tensor(DType::f32, residual), scale(DType::f32, bn.scale), shift(DType::f32, bn.shift),
       in_scale(DType::f32, prologue.scale), in_shift(DType::f32, prologue.shift);
-  Tensor out(DType::f32, m * k), da(DType::f32, m * c), dweight(DType::f32, k * c);
+  Tensor out(DType::f32, m * k), da(DType::f32, m * c), dweight(DType::f32, k * c), mean(DType::f32, k),
+      var(DType::f32, k);
   Expected expected_da = product(m, k, c, g, {k, 1}, w, {1, c});
   make_exact_where_infinite(expected_da);
+  const vector<double> before = uniform(DType::f32, M * C);
+  Tensor before_tensor(DType::f32, before);
+  Expected expected_added = expected_da;
+  for (size_t i = 0; i < before.size(); ++i) {
+    expected_added.value[i] += before[i];
+    expected_added.bound[i] += kUnit * (std::fabs(expected_da.value[i]) + std::fabs(before[i]));
+  }
+  make_exact_where_infinite(expected_added);
 
   for (const bool with_prologue : {false, true}) {
     const Terms a = activation(x, with_prologue ? &prologue : nullptr);
@@ -765,27 +778,38 @@ void test_conv1x1(int64_t M, int64_t C, int64_t K, bool poison = false) {
       for (const int threads : kThreads) {
         const std::string where = std::string(" ") + (*table)->isa + " threads " + std::to_string(threads) +
                                   (with_prologue ? " prologue" : "");
-        for (const int variant : {0, 1, 2}) {  // z, y, y with a residual
+        for (const int variant : {0, 1, 2, 3}) {  // z, y, y with a residual, z with its statistics
+          const bool with_stats = variant == 3, with_affine = variant == 1 || variant == 2;
           const std::string name = problem + where + " variant " + std::to_string(variant);
           Expected expected = z;
-          if (variant != 0) expected = normalized(z, bn, variant == 2 ? residual : vector<double>(), nullptr);
+          if (with_affine) expected = normalized(z, bn, variant == 2 ? residual : vector<double>(), nullptr);
           make_exact_where_infinite(expected);
           out.poison();
+          mean.poison();
+          var.poison();
           (*table)->conv1x1(M, C, K, x_tensor.floats(), in, weight_tensor.floats(),
-                            variant != 0 ? affine(&scale, &shift) : Affine{},
-                            variant == 2 ? residual_tensor.floats() : nullptr, out.floats(), threads);
+                            with_affine ? affine(&scale, &shift) : Affine{},
+                            variant == 2 ? residual_tensor.floats() : nullptr, out.floats(),
+                            with_stats ? mean.floats() : nullptr, with_stats ? var.floats() : nullptr, threads);
           check(name, out, expected);
-          check_intact(name, {&x_tensor, &weight_tensor, &scale, &shift, &residual_tensor, &in_scale, &in_shift, &out});
+          check_intact(name, {&x_tensor, &weight_tensor, &scale, &shift, &residual_tensor, &in_scale, &in_shift, &out,
+                              &mean, &var});
+          if (with_stats && M > 0) {
+            const ExpectedStats stats = statistics(out.values(), K);
+            check(name + " mean", mean, stats.mean);
+            check(name + " var", var, stats.var);
+          }
         }
-        for (const int needed : {1, 2, 3}) {
-          const bool need_da = (needed & 1) != 0, need_dweight = (needed & 2) != 0;
+        for (const int needed : {1, 2, 3, 5}) {  // 5: da is added to what is there
+          const bool need_da = (needed & 1) != 0, need_dweight = (needed & 2) != 0, add = (needed & 4) != 0;
           const std::string name = problem + " backward" + where + " needed " + std::to_string(needed);
           da.poison();
           dweight.poison();
+          if (add) std::memcpy(da.data(), before_tensor.data(), da.bytes());
           (*table)->conv1x1_backward(M, C, K, dz_tensor.floats(), need_dweight ? x_tensor.floats() : nullptr, in,
-                                     weight_tensor.floats(), need_da ? da.floats() : nullptr,
+                                     weight_tensor.floats(), need_da ? da.floats() : nullptr, add,
                                      need_dweight ? dweight.floats() : nullptr, threads);
-          if (need_da) check(name + " da", da, expected_da);
+          if (need_da) check(name + " da", da, add ? expected_added : expected_da);
           if (need_dweight) check(name + " dweight", dweight, expected_dweight);
           check_intact(name, {&x_tensor, &weight_tensor, &dz_tensor, &in_scale, &in_shift, &da, &dweight});
         }
@@ -804,7 +828,8 @@ void test_repeatable() {
   Tensor x1(p.dtype, uniform(p.dtype, m * c)), weight1(p.dtype, uniform(p.dtype, k * c)),
       dz1(p.dtype, uniform(p.dtype, m * k));
   struct Result {
-    Tensor z, mean, var, dx, dweight, z1{DType::f32, m*k}, dx1{DType::f32, m*c}, dweight1{DType::f32, k*c};
+    Tensor z, mean, var, dx, dweight, z1{DType::f32, m*k}, mean1{DType::f32, k}, var1{DType::f32, k},
+        dx1{DType::f32, m*c}, dweight1{DType::f32, k*c};
     explicit Result(const ConvProblem& p)
         : z(p.dtype, rows(p) * p.K),
           mean(DType::f32, p.K),
@@ -814,8 +839,8 @@ void test_repeatable() {
     bool operator==(Result& other) {
       const auto same = [](Tensor& s, Tensor& t) { return std::memcmp(s.data(), t.data(), s.bytes()) == 0; };
       return same(z, other.z) && same(mean, other.mean) && same(var, other.var) && same(dx, other.dx) &&
-             same(dweight, other.dweight) && same(z1, other.z1) && same(dx1, other.dx1) &&
-             same(dweight1, other.dweight1);
+             same(dweight, other.dweight) && same(z1, other.z1) && same(mean1, other.mean1) && same(var1, other.var1) &&
+             same(dx1, other.dx1) && same(dweight1, other.dweight1);
     }
   };
   for (auto table = cpu::supported_kernels(); *table != nullptr; ++table) {
@@ -824,8 +849,9 @@ void test_repeatable() {
       gradient.dy = dy.data();
       (*table)->conv_stats(p, x.data(), weight.data(), Affine{}, r.z.data(), r.mean.floats(), r.var.floats(), threads);
       (*table)->conv_backward(p, gradient, x.data(), Affine{}, weight.data(), r.dx.data(), r.dweight.data(), threads);
-      (*table)->conv1x1(m, c, k, x1.floats(), {}, weight1.floats(), {}, nullptr, r.z1.floats(), threads);
-      (*table)->conv1x1_backward(m, c, k, dz1.floats(), x1.floats(), {}, weight1.floats(), r.dx1.floats(),
+      (*table)->conv1x1(m, c, k, x1.floats(), {}, weight1.floats(), {}, nullptr, r.z1.floats(), r.mean1.floats(),
+                        r.var1.floats(), threads);
+      (*table)->conv1x1_backward(m, c, k, dz1.floats(), x1.floats(), {}, weight1.floats(), r.dx1.floats(), false,
                                  r.dweight1.floats(), threads);
     };
     for (const int threads : {1, 2, 3}) {

@@ -158,7 +158,7 @@ def conv_bn_relu(
     dilation: int = 1,
 ) -> Tensor:
     """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
-    if groups == 1 and _is_dense(x, weight, stride, dilation, _FORWARD_LIMIT):
+    if groups == 1 and _is_dense(x, weight, stride, dilation):
         affine = None if prologue is None else bn_affine(*prologue)
         z = _dense_conv(x, weight, affine, stride, dilation)
         _normalize_relu(z, *bn_affine(*bn), residual, None, z)
@@ -239,6 +239,7 @@ def _conv1x1(
     prologue: Affine | None,
     affine: Affine | None,
     residual: Tensor | None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     n, _, h, w = x.shape
     k = weight.shape[0]
@@ -252,6 +253,7 @@ def _conv1x1(
         *_ptrs(affine),
         _ptr(residual),
         y.data_ptr(),
+        *_ptrs(None if stats is None else (stats[0], stats[1])),
         torch.get_num_threads(),
     )
     return y
@@ -266,6 +268,17 @@ def conv1x1(
     if prologue is not None:
         x = normalize_relu(x, *prologue)
     return reference.conv1x1(x, weight, stride=stride)
+
+
+def conv1x1_stats(
+    x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
+) -> tuple[Tensor, Tensor]:
+    """z = conv1x1(x), and the mean and biased variance of its channels, (2, K)."""
+    if not _is_compiled_conv1x1(x, weight):
+        z = conv1x1(x, weight, prologue=prologue, stride=stride)
+        return z, torch.stack(batch_stats(z))
+    stats = torch.empty((2, weight.shape[0]), dtype=torch.float32)
+    return _conv1x1(_strided(x, stride), weight, prologue, None, None, stats), stats
 
 
 def conv1x1_affine_relu(
@@ -294,19 +307,26 @@ def conv1x1_backward(
     stride: int = 1,
     need_dx: bool = True,
     need_dweight: bool = True,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what conv1x1 convolves and of its weight, None where not needed."""
+    """Gradients of what conv1x1 convolves and of its weight, None where not needed.
+
+    dx: a gradient from elsewhere, to which this one is added in place.
+    """
     if not _is_compiled_conv1x1(x, weight):
         if prologue is not None and need_dweight:
             x = normalize_relu(x, *prologue)
         return reference.conv1x1_backward(
-            dz, x, weight, stride=stride, need_dx=need_dx, need_dweight=need_dweight
+            dz, x, weight, stride=stride, need_dx=need_dx, need_dweight=need_dweight, dx=dx
         )
     n, k, h, w = dz.shape
     c = x.shape[1]
-    dx = dweight = None
+    da = dweight = None
+    adds = dx is not None and stride == 1
     if need_dx:
-        dx = torch.empty((n, c, h, w), dtype=x.dtype, memory_format=torch.channels_last)
+        da = dx
+        if not adds:
+            da = torch.empty((n, c, h, w), dtype=x.dtype, memory_format=torch.channels_last)
     if need_dweight:
         dweight = torch.empty(weight.shape, dtype=weight.dtype)
     read = _strided(x, stride) if need_dweight else None
@@ -318,13 +338,16 @@ def conv1x1_backward(
         _ptr(read),
         *_ptrs(prologue),
         weight.data_ptr(),
-        _ptr(dx),
+        _ptr(da),
+        adds,
         _ptr(dweight),
         torch.get_num_threads(),
     )
-    if dx is not None and stride > 1:
-        strided, dx = dx, torch.zeros_like(x, memory_format=torch.channels_last)
-        dx[:, :, ::stride, ::stride] = strided
+    if da is None or stride == 1:
+        return da, dweight
+    if dx is None:
+        dx = torch.zeros_like(x, memory_format=torch.channels_last)
+    dx[:, :, ::stride, ::stride] += da
     return dx, dweight
 
 
@@ -392,6 +415,26 @@ def bn_relu_backward(
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    return _bn_relu_backward(dy, z, (scale, shift), mean, rstd, y, None)
+
+
+def bn_residual_relu_backward(
+    dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y."""
+    g = torch.empty_like(z, memory_format=torch.channels_last)
+    return g, *_bn_relu_backward(dy, z, None, mean, rstd, y, g)
+
+
+def _bn_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    affine: Affine | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     m, c = _m_and_c(z)
     sum_g, sum_g_xhat = _vector(c), _vector(c)
     _C.bn_relu_backward(
@@ -400,13 +443,13 @@ def bn_relu_backward(
         c,
         dy.data_ptr(),
         z.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
+        *_ptrs(affine),
         _ptr(y),
         mean.data_ptr(),
         rstd.data_ptr(),
         sum_g.data_ptr(),
         sum_g_xhat.data_ptr(),
+        _ptr(g),
         torch.get_num_threads(),
     )
     return sum_g, sum_g_xhat

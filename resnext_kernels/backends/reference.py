@@ -155,6 +155,19 @@ def conv1x1(
     return _nhwc(torch.conv2d(_activated(x, prologue), weight, None, stride))
 
 
+def conv1x1_stats(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    prologue: Affine | None = None,
+    stride: int = 1,
+    statistics: Callable[[Tensor], Affine] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """z = conv1x1(x) and its `batch_stats`, (2, K); `statistics`: another backend's batch_stats."""
+    z = conv1x1(x, weight, prologue=prologue, stride=stride)
+    return z, torch.stack((statistics or batch_stats)(z))
+
+
 def conv1x1_affine_relu(
     x: Tensor,
     weight: Tensor,
@@ -180,10 +193,15 @@ def conv1x1_backward(
     stride: int = 1,
     need_dx: bool = True,
     need_dweight: bool = True,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what conv1x1 convolves and of its weight, None where not needed."""
+    """Gradients of what conv1x1 convolves and of its weight, None where not needed.
+
+    dx: a gradient from elsewhere, to which this one is added in place.
+    """
     read = _activated(x, prologue) if need_dweight else x
-    return _conv_gradients(dz, read, weight, stride, 1, 1, need_dx, need_dweight)
+    found, dweight = _conv_gradients(dz, read, weight, stride, 1, 1, need_dx, need_dweight)
+    return found if dx is None or found is None else dx.add_(found), dweight
 
 
 def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,6 +251,28 @@ def bn_relu_backward(
     g = _relu_gradient(dy, z, scale, shift, y)
     xhat = (z.to(scale.dtype) - _per_channel(mean)) * _per_channel(rstd)
     return g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
+
+
+def bn_residual_relu_backward(
+    dy: Tensor,
+    z: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    sums: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y.
+
+    `sums`: another backend's bn_relu_backward; it does not read scale and shift where y is given.
+    """
+    g = masked(dy, y)
+    return g, *(sums or bn_relu_backward)(g, z, rstd, mean, mean, rstd, y=y)
+
+
+def masked(dy: Tensor, y: Tensor) -> Tensor:
+    """g: dy where the ReLU passed, as its result y shows."""
+    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def bn_relu_input_gradient(

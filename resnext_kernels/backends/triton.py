@@ -1983,3 +1983,5 @@ def conv_backward(
 
 # The dense convolution is cuDNN's.
 conv1x1_affine_relu = partial(reference.conv1x1_affine_relu, normalize=normalize_relu)
+conv1x1_stats = partial(reference.conv1x1_stats, statistics=batch_stats)
+bn_residual_relu_backward = partial(reference.bn_residual_relu_backward, sums=bn_relu_backward)
