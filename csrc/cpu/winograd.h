@@ -38,9 +38,8 @@ namespace resnext_kernels::cpu::RK_ISA {
 // Most FMAs read a value of their own, which only AVX-512 does for nothing: with 8 lanes and 16 registers the loads
 // take longer than what is saved.
 constexpr bool kWinograd = kLanes == 16;
-constexpr int kPairs = 7;  // of a tile: four accumulators each
-constexpr int kTall = 8;   // rows of a tile at most, and at least if it is a tall one:
-constexpr int kTallFrom = 4;
+constexpr int kPairs = 7;                    // of a tile: four accumulators each
+constexpr int kTall = 8, kTallFrom = 4;      // rows of a tall tile, at most and at least
 constexpr int kPairInputs = 4;               // input channels of a permuting dweight tile: four accumulators each
 constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
@@ -76,7 +75,7 @@ inline IVec side_by_side(int64_t groups, int64_t d) {
   for (int lane = 0; lane < groups * d; ++lane) index[lane] = (int32_t)(lane % d * groups + lane / d);
   return index;
 }
-// What the tiles of `blocks` need: where an input channel is, or for two interleaved groups how results lie in memory.
+// What the tiles of `blocks` need: where an input channel is, or for interleaved groups how results lie in memory.
 inline void fill_index(const Blocks& blocks, bool winograd, IVec* index) {
   const int groups = winograd ? interleaved_groups(winograd_access(blocks)) : 1;
   if (groups > 1)
@@ -291,7 +290,6 @@ template <Access X, int kFirst, int kLast, int P>
 RK_INLINE void add_input_row(Vec (&m)[3][P], const float* input, const float* weight, int64_t slot_floats,
                              int64_t din) {
   const int64_t step = WeightSteps(X, din).input, ky_floats = din * step;
-  if (X == Access::four) din = 4;
   for (int64_t ci = 0; ci < din; ++ci, weight += step) {
     const float* const v = fresh(input + ci / kLanes * slot_floats + ci % kLanes * kSpread<X>);
     Vec u[3];

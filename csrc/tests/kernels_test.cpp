@@ -894,6 +894,9 @@ vector<ConvProblem> problems() {
     list.push_back({1, 14, 14, 64, 64, 4, 1, 1, dtype});
     list.push_back({1, 7, 7, 128, 128, 4, 1, 1, dtype});
     list.push_back({1, 7, 7, 28, 28, 2, 1, 1, dtype});
+    list.push_back({1, 7, 7, 16, 64, 16, 1, 1, dtype});  // four interleaved groups of other widths
+    list.push_back({1, 7, 7, 48, 36, 12, 1, 1, dtype});
+    list.push_back({1, 9, 9, 40, 64, 8, 1, 1, dtype});    // two of them
     list.push_back({1, 7, 7, 80, 80, 1, 1, 1, dtype});    // all rows in a tile
     list.push_back({2, 2, 4, 576, 544, 2, 1, 1, dtype});  // groups so wide that chunks are parts of them
     list.push_back({3, 7, 7, 72, 72, 3, 2, 1, dtype});

@@ -272,7 +272,7 @@ def bn_residual_relu_backward(
 
 def masked(dy: Tensor, y: Tensor) -> Tensor:
     """g: dy where the ReLU passed, as its result y shows."""
-    return torch.ops.aten.threshold_backward(dy, y, 0)
+    return _nhwc(torch.ops.aten.threshold_backward(dy, y, 0))
 
 
 def bn_relu_input_gradient(
