@@ -39,7 +39,7 @@ namespace resnext_kernels::cpu::RK_ISA {
 // take longer than what is saved.
 constexpr bool kWinograd = kLanes == 16;
 constexpr int kPairs = 7;                    // of a tile: four accumulators each
-constexpr int kTall = 8, kTallFrom = 4;      // rows of a tall tile, at most and at least
+constexpr int kTall = 8, kTallFrom = 3;      // rows of a tall tile, at most and at least
 constexpr int kPairInputs = 4;               // input channels of a permuting dweight tile: four accumulators each
 constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
 constexpr int64_t kStepPixels = 196;         // pixels that a block's weights serve once they are in the cache
