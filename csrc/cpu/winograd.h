@@ -72,7 +72,7 @@ inline IVec interleaved(int64_t groups, int64_t d) {
 }
 inline IVec side_by_side(int64_t groups, int64_t d) {
   IVec index{};
-  for (int lane = 0; lane < groups * d; ++lane) index[lane] = (int32_t)(lane % d * groups + lane / d);
+  for (int lane = 0; lane < min(groups * d, kLanes); ++lane) index[lane] = (int32_t)(lane % d * groups + lane / d);
   return index;
 }
 // What the tiles of `blocks` need: where an input channel is, or for interleaved groups how results lie in memory.
