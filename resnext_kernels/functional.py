@@ -634,8 +634,9 @@ def bottleneck(
 
         shortcut = residual | x | conv1x1(x, residual_weight)
 
-    Equivalent to these steps by torch.nn.functional. Saved for the backward pass: x, the outputs of
-    the convolutions, per-channel vectors and y, and a residual only if it has a BatchNorm.
+    Equivalent to these steps by torch.nn.functional. Differentiable, twice. Saved for the backward
+    pass: x, the outputs of the convolutions, per-channel vectors and y, and a residual only if it
+    has a BatchNorm.
 
     Args:
         x: (N, B, H, W), float32, bfloat16, float16 or float64, any memory format.

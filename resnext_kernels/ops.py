@@ -39,6 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends
@@ -147,12 +148,20 @@ def _is_ordinary(tensors: tuple[Tensor | None, ...]) -> bool:
     return True
 
 
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    """No operator has a derivative of forward mode, which would be lost without a word."""
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError("forward-mode derivatives; backward mode has them")
+
+
 class Operator:
     """An operator for CPU and CUDA tensors, registered with torch and called from here.
 
     An ordinary call runs what the dispatcher would, without the microseconds in which that passes
     twenty arguments on, once for autograd and once for the implementation. Any other call goes
-    through the dispatcher, as does `overload`, torch's own handle.
+    through the dispatcher, as does `overload`, torch's own handle. Arguments are positional. For
+    what was not asked for, an ordinary call gives None and the dispatcher an empty tensor.
     """
 
     def __init__(self, schema: str, implementation: Callable, fake: Callable) -> None:
@@ -169,7 +178,12 @@ class Operator:
         self._tensors = itemgetter(*(i for i, a in arguments if "Tensor" in str(a.type)))
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_ordinary(self._tensors(args)):
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        tensors = self._tensors(args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(tensors)
+        if not _is_ordinary(tensors):
             return self.overload(*args)
         if self._node is not None and self._needs_gradient(args):
             return self._node.apply(None, *args)
@@ -180,6 +194,7 @@ class Operator:
         return (
             torch.is_grad_enabled()
             and torch._C._any_requires_grad(*args)
+            # not below autograd, as inside of another operator
             and not torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradOther)
         )
 
@@ -1126,7 +1141,7 @@ def _conv1x1_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _conv1x1_autograd(ctx: Any, needs: tuple[bool, ...], dz: Tensor) -> Any:
+def _conv1x1_autograd(ctx: Any, needs: list[bool], dz: Tensor) -> Any:
     x, weight = ctx.saved_tensors
     if torch.is_grad_enabled():
         found: Any = _differentiate(
@@ -1377,7 +1392,7 @@ def _bottleneck_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> No
 _BOTTLENECK_INPUTS = (0, 1, 2, 3, 8, 9, 10, 15, 16, 17, 22, 23, 24, 25)
 
 
-def _bottleneck_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
+def _bottleneck_autograd(ctx: Any, needs: list[bool], dy: Tensor) -> Any:
     saved = ctx.saved_tensors
     inputs, (y, z1, z2, z3, z4, *vectors) = saved[:14], saved[14:]
     has_bn = vectors[3] is not None
@@ -1407,9 +1422,11 @@ def _bottleneck_autograd(ctx: Any, needs: tuple[bool, ...], dy: Tensor) -> Any:
         x, weight1, _, _, weight2, _, _, weight3, _, _, residual, residual_weight, _, _ = inputs
         n = [needs[i] for i in _BOTTLENECK_INPUTS]
         affines = [n[i] or n[i + 1] for i in (2, 5, 8, 12)]
+        of_bn = None
+        if has_bn:
+            of_bn = residual if residual is not None else x if residual_weight is None else z4
         found = bottleneck_backward(
-            *(dy, x, weight1, weight2, weight3),
-            *((z4 if has_bn else None) if residual is None else residual, residual_weight),
+            *(dy, x, weight1, weight2, weight3, of_bn, residual_weight),
             *(y, z1, z2, z3, *vectors, ctx.residual_stride, *ctx.conv),
             [bn.training for bn in ctx.bns],
             [bn.group for bn in ctx.bns],

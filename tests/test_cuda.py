@@ -21,7 +21,7 @@ from test_emulated import SERVED, WIDE
 
 from bench.emulator import DEVICES
 from bench.modelled import LAYERS
-from resnext_kernels.backends import cuda
+from resnext_kernels.backends import cuda, reference
 from resnext_kernels.problem import ConvProblem
 
 _C = pytest.importorskip("resnext_kernels._C", reason="installed without the compiled library")
@@ -121,6 +121,15 @@ def test_a_plan_refuses_what_is_not_served() -> None:
 
 
 @pytest.mark.skipif(not _C.cuda_compiled(), reason="the compiled library was built without CUDA")
+def test_statistics_of_a_pointwise_convolution_to_any_channels() -> None:
+    """The kernels of statistics take multiples of 8; the dense convolution gives what is asked."""
+    x, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(12, 16, 1, 1).half()
+    for actual, expected in zip(
+        cuda.conv1x1_stats(x, weight), reference.conv1x1_stats(x, weight), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
 def test_errors_of_the_runtime_name_the_kernel() -> None:
     """Device 63 exists nowhere; without a driver no device does."""
     device = device_of("A100")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cases import Case, Target, floor, largest, make_inputs, plain
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -329,6 +330,23 @@ def calls(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_tangents_are_refused() -> None:
+    """Forward mode, which would otherwise be left out of the result without a word."""
+    x = torch.randn(2, 8, 5, 5)
+    weight, vector = torch.randn(8, 2, 3, 3), torch.rand(8) + 0.5
+
+    def layer(x: Tensor, training: bool = False) -> Tensor:
+        return grouped_conv_bn_relu(x, weight, *(vector,) * 4, groups=4, training=training)
+
+    with forward_ad.dual_level():
+        layer(x)
+        for training in (False, True):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                layer(forward_ad.make_dual(x, torch.ones_like(x)), training)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+
+
 def test_vmap() -> None:
     module, x = small(training=False)
     batches = torch.stack([x, 2 * x, -x])

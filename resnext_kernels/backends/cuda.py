@@ -6,7 +6,9 @@ hands it to the CUDA runtime on torch's current stream. Nothing waits for the de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -343,8 +345,22 @@ def conv_backward(
     return dx, None if dweight is None else in_format_of(weight, dweight)
 
 
-# The dense convolution is cuDNN's.
-conv1x1_affine_relu = partial(reference.conv1x1_affine_relu, normalize=normalize_relu)
-conv1x1_stats = partial(reference.conv1x1_stats, statistics=batch_stats)
+def _of_any_channels(kernel: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` for z of the channels that it takes, else `other`."""
+
+    def run(z: Tensor, *args: Any, **options: Any) -> Any:
+        return (kernel if z.shape[1] % 8 == 0 else other)(z, *args, **options)
+
+    return run
+
+
+# The dense convolution is cuDNN's, of as many channels out as there are.
+conv1x1_affine_relu = partial(
+    reference.conv1x1_affine_relu,
+    normalize=_of_any_channels(normalize_relu, reference.normalize_relu),
+)
+conv1x1_stats = partial(
+    reference.conv1x1_stats, statistics=_of_any_channels(batch_stats, reference.batch_stats)
+)
 # So is the mask behind a residual ATen's.
 bn_residual_relu_backward = partial(reference.bn_residual_relu_backward, sums=bn_relu_backward)
