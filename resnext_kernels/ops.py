@@ -1338,21 +1338,17 @@ def _bottleneck_backward_fake(
     def weight(t: Tensor | None, need: bool) -> Tensor | None:
         return _like_weight(t) if t is not None and need else None
 
-    def affine(z: Tensor, need: bool) -> tuple[Tensor | None, Tensor | None]:
-        size = z.shape[1]
-        return (vectors1.new_empty(size), vectors1.new_empty(size)) if need else (None, None)
-
     return (
         _like_nhwc(x) if need_x else None,
         weight(weight1, need_weight1),
-        *affine(z1, need_bn1),
+        *_fake_affine(vectors1, z1, need_bn1),
         weight(weight2, need_weight2),
-        *affine(z2, need_bn2),
+        *_fake_affine(vectors1, z2, need_bn2),
         weight(weight3, need_weight3),
-        *affine(z3, need_bn3),
+        *_fake_affine(vectors1, z3, need_bn3),
         _like_nhwc(z3) if need_residual and not shared else None,
         weight(residual_weight, need_residual_weight),
-        *affine(z3, need_residual_bn),
+        *_fake_affine(vectors1, z3, need_residual_bn),
     )
 
 

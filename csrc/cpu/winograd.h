@@ -596,13 +596,12 @@ struct PairRuns {
 struct WinogradWeightArgs {
   const Pairs<4>&a, &e;
   const Pairs<2>& raw_e;
-  const PairRuns& runs;
   int64_t a_slot, e_slot, din;
 };
 
 // Input channels ci ... ci + I - 1 and kWide blocks of a group, one row of taps. K products at a time: 16 sums.
 template <int I, int K>
-void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
+void winograd_weight_tile(const WinogradWeightArgs& args, const PairRuns& runs, int64_t ci, float* dweight) {
   static constexpr int order[4] = {0, 3, 1, 2};  // the first two multiply e itself
   const int64_t block_floats = 3 * args.din * kPairFloats;
   const float* const first_v = args.a.data + (args.a_slot + ci / kLanes) * args.a.slot_floats() + ci % kLanes;
@@ -613,8 +612,8 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
     const int64_t slot_floats = raw ? args.raw_e.slot_floats() : args.e.slot_floats();
     const float* const first_e = (raw ? args.raw_e.data : args.e.data) + args.e_slot * slot_floats;
     Vec acc[K][kWide][I] = {};
-    for (int run = 0; run < args.runs.count; ++run) {
-      const PairRuns::Run& pairs = args.runs.runs[run];
+    for (int run = 0; run < runs.count; ++run) {
+      const PairRuns::Run& pairs = runs.runs[run];
       const float* v = first_v + pairs.a * kPairFloats;
       const float* e = first_e + pairs.e * step;
       for (int64_t pair = 0; pair < pairs.count; ++pair, v += kPairFloats, e += step) {
@@ -647,10 +646,10 @@ void winograd_weight_tile(const WinogradWeightArgs& args, int64_t ci, float* dwe
   }
 }
 template <int I, int K>
-void winograd_weight_tiles(const WinogradWeightArgs& args, int64_t ci, float* dweight) {
-  for (; ci + I <= args.din; ci += I) winograd_weight_tile<I, K>(args, ci, dweight);
+void winograd_weight_tiles(const WinogradWeightArgs& args, const PairRuns& runs, int64_t ci, float* dweight) {
+  for (; ci + I <= args.din; ci += I) winograd_weight_tile<I, K>(args, runs, ci, dweight);
   if constexpr (I > 1)
-    if (ci < args.din) winograd_weight_tiles<I / 2, 2>(args, ci, dweight);
+    if (ci < args.din) winograd_weight_tiles<I / 2, 2>(args, runs, ci, dweight);
 }
 
 // Where the rows of a step and the one above and below start in a ring, in pairs; -1 outside of the image.
@@ -732,12 +731,13 @@ void winograd_tall_weight_tiles(const WinogradWeightArgs& args, const RingRows& 
 
 // Other groups in a vector, permuted in registers: all four products, so that what is permuted is read once.
 template <int I>
-void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
+void winograd_permuting_weight_tile(const WinogradWeightArgs& args, const PairRuns& runs, int64_t ci, const IVec* index,
+                                    float* dweight) {
   Vec acc[I][4] = {};
   IVec lanes[I] = {};
   for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
-  for (int run = 0; run < args.runs.count; ++run) {
-    const PairRuns::Run& pairs = args.runs.runs[run];
+  for (int run = 0; run < runs.count; ++run) {
+    const PairRuns::Run& pairs = runs.runs[run];
     const float* v = args.a.data + args.a_slot * args.a.slot_floats() + pairs.a * kPairFloats;
     const float* s = args.e.data + args.e_slot * args.e.slot_floats() + pairs.e * kPairFloats;
     const float* d = args.raw_e.data + args.e_slot * args.raw_e.slot_floats() + pairs.e * 2 * kLanes;
@@ -759,10 +759,11 @@ void winograd_permuting_weight_tile(const WinogradWeightArgs& args, int64_t ci, 
   }
 }
 template <int I>
-void winograd_permuting_weight_tiles(const WinogradWeightArgs& args, int64_t ci, const IVec* index, float* dweight) {
-  for (; ci + I <= args.din; ci += I) winograd_permuting_weight_tile<I>(args, ci, index, dweight);
+void winograd_permuting_weight_tiles(const WinogradWeightArgs& args, const PairRuns& runs, int64_t ci,
+                                     const IVec* index, float* dweight) {
+  for (; ci + I <= args.din; ci += I) winograd_permuting_weight_tile<I>(args, runs, ci, index, dweight);
   if constexpr (I > 1)
-    if (ci < args.din) winograd_permuting_weight_tiles<I / 2>(args, ci, index, dweight);
+    if (ci < args.din) winograd_permuting_weight_tiles<I / 2>(args, runs, ci, index, dweight);
 }
 
 // M of a chunk, from the rows of a step; asks for `lines` of what is ahead.
@@ -780,22 +781,21 @@ inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blo
   const RingRows ring_rows(a, rows, p.H);
   for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
     together = blocks_together(blocks, b);
+    const WinogradWeightArgs args{a, e, raw_e, slots.first(blocks, b), b, blocks.din};
     if (together == 1 && access != Access::lanes) {
       const auto tiles = access == Access::broadcast ? winograd_tall_weight_tiles<Access::broadcast, 8>
                          : access == Access::two     ? winograd_tall_weight_tiles<Access::two, 8>
                                                      : winograd_tall_weight_tiles<Access::four, 4>;
-      const WinogradWeightArgs args{a, e, raw_e, runs[1], slots.first(blocks, b), b, blocks.din};
       tiles(args, ring_rows, 0, dweight + 3 * b * blocks.din * kPairFloats, ahead, ceil_div(3 * quota, blocks.din));
       continue;
     }
     for (int64_t ky = 0; ky < 3; ++ky) {
       ahead.fetch(together * quota);
-      const WinogradWeightArgs args{a, e, raw_e, runs[ky], slots.first(blocks, b), b, blocks.din};
       float* const to = dweight + (3 * b + ky) * blocks.din * kPairFloats;
       if (access == Access::broadcast)
-        winograd_weight_tiles<16 / kWide, 1>(args, 0, to);
+        winograd_weight_tiles<16 / kWide, 1>(args, runs[ky], 0, to);
       else
-        winograd_permuting_weight_tiles<kPairInputs>(args, 0, index, to);
+        winograd_permuting_weight_tiles<kPairInputs>(args, runs[ky], 0, index, to);
     }
   }
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem
 from . import reference
+from .reference import Affine, BatchNorm, BNGradient
 
 try:
     from .. import _C
@@ -23,12 +24,6 @@ else:
     _MISSING = None
 
 NAME = "cpu"
-
-Affine = tuple[Tensor, Tensor]
-# gamma, beta, mean, var, eps: see bn_affine
-BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
-# z, scale, shift, a, b, c: see bn_relu_input_gradient
-BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -160,9 +155,15 @@ def conv_bn_relu(
     """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
     if groups == 1 and _is_dense(x, weight, stride, dilation):
         affine = None if prologue is None else bn_affine(*prologue)
-        z = _dense_conv(x, weight, affine, stride, dilation)
-        _normalize_relu(z, *bn_affine(*bn), residual, None, z)
-        return z
+        return conv_affine_relu(
+            x,
+            weight,
+            *bn_affine(*bn),
+            residual=residual,
+            prologue=affine,
+            stride=stride,
+            dilation=dilation,
+        )
     problem, shape, strides = _problem(
         x.shape, weight.shape[0], groups, stride, dilation, x.dtype, not weight.is_contiguous()
     )

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..problem import ConvProblem, in_format_of
 from . import reference
 from .reference import (  # noqa: F401
+    Affine,
+    BNGradient,
     bn_affine,
     bn_gradient_vectors,
     bn_vectors,
@@ -32,9 +34,6 @@ else:
 
 NAME = "cuda"
 
-Affine = tuple[Tensor, Tensor]
-# z, scale, shift, a, b, c: see bn_relu_input_gradient
-BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 _DTYPE_CODES = {torch.bfloat16: 1, torch.float16: 2}
 

@@ -70,6 +70,8 @@ from torch import Tensor
 from ..problem import ConvProblem, in_format_of
 from . import reference, tuning
 from .reference import (  # noqa: F401
+    Affine,
+    BNGradient,
     bn_affine,
     bn_gradient_vectors,
     bn_vectors,
@@ -91,9 +93,6 @@ else:
 
 NAME = "triton"
 
-Affine = tuple[Tensor, Tensor]
-# z, scale, shift, a, b, c: see bn_relu_input_gradient
-BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INT32_MAX = 2**31 - 1
