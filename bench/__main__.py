@@ -29,9 +29,10 @@ suites:
   sweep   the whole picture of the device, or the product of the axes given (default)
   bars    the layers, families and networks that have a speed-up to reach on two CPU threads
   quick   every level, pass and series, in less than two minutes on two cores
-  gpu     all that needs a GPU, in one call: the tests, compute-sanitizer where it is installed,
-          then the sweep on the CUDA device with the Triton kernels autotuned
-          (RESNEXT_KERNELS_AUTOTUNE=0: not); without a device it says what it skips
+  gpu     all that needs a GPU, in one call: the tests (pytest -m gpu, on all cores where
+          pytest-xdist is installed), compute-sanitizer where it is installed, then the sweep on
+          the CUDA device with the Triton kernels autotuned (RESNEXT_KERNELS_AUTOTUNE=0: not);
+          without a device it says what it skips
 
 peers:
 {peers}
@@ -326,7 +327,7 @@ def measure(args: argparse.Namespace, rows: list[Case], how: timing.Method, path
 
 
 def gpu_tests(rows: list[Case]) -> int | None:
-    """Run the test suite on the GPU machine; None, after saying what is skipped, without a GPU."""
+    """Run the tests that need a GPU; None, after saying what is skipped, without one."""
     if not torch.cuda.is_available():
         print("no CUDA device here. Skipped:")
         print(
@@ -338,8 +339,9 @@ def gpu_tests(rows: list[Case]) -> int | None:
         print("Run the same command on a machine with a GPU.")
         return None
     print("tests:", flush=True)
-    tests = [sys.executable, "-m", "pytest", "-q"]
-    status = subprocess.run(tests, cwd=ROOT, check=False).returncode
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    spread = ["-n", "auto"] if importlib.util.find_spec("xdist") else []  # Triton compiles for long
+    status = subprocess.run([*tests, *spread], cwd=ROOT, check=False).returncode
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: skipped")
         return status

@@ -288,15 +288,11 @@ def sweep() -> list[Case]:
 def gpu() -> list[Case]:
     """The picture of a GPU: the CPU's axes at the batches and dtypes that a GPU is used with."""
     common = usual("cuda")
+    stages = replace(common, levels=["op"], series=["stages"], strides=[1, 2])
     parts = (
-        replace(common, levels=["op"], series=["stages"], strides=[1, 2], batches=[1, 64, 256]),
-        replace(
-            common,
-            levels=["op"],
-            series=["stages"],
-            strides=[1, 2],
-            dtypes=["float16", "float32"],
-        ),
+        replace(stages, batches=[1, 64, 256]),
+        replace(stages, dtypes=["float16", "float32"]),
+        replace(stages, backends=["triton"]),
         replace(
             common,
             levels=["op"],

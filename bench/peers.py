@@ -143,24 +143,30 @@ def layer_tensors(case: Case, seed: int = 0) -> Layer:
     dy is zero where the ReLU's input lies within rounding of zero: there float32 and float64 may
     disagree on the mask, and the comparison would measure luck.
     """
-    g = torch.Generator().manual_seed(seed)
-    dtype, c = DTYPES[case.dtype], case.c
-    shape = (case.n, c, case.size, case.size)
-    x = torch.randn(shape, generator=g).to(dtype).to(memory_format=LAYOUTS[case.layout])
-    fan_in = 9 * c // case.groups
-    weight = (torch.randn(c, c // case.groups, 3, 3, generator=g) / fan_in**0.5).to(dtype)
-    weight = weight.to(memory_format=LAYOUTS[case.layout])  # as in a model of that memory format
-    gamma, beta = 0.5 + torch.rand(c, generator=g), 0.5 * torch.randn(c, generator=g)
+    g = torch.Generator(case.device).manual_seed(seed)
+    c, fan_in = case.c, 9 * case.c // case.groups
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device=case.device)
+
+    def uniform() -> Tensor:
+        return 0.5 + torch.rand(c, generator=g, device=case.device)
+
+    def images(t: Tensor) -> Tensor:  # the weight too, as in a model of that memory format
+        return t.to(DTYPES[case.dtype]).to(memory_format=LAYOUTS[case.layout])
+
+    x = images(normal(case.n, c, case.size, case.size))
+    weight = images(normal(c, c // case.groups, 3, 3) / fan_in**0.5)
+    gamma, beta = uniform(), 0.5 * normal(c)
     gamma[::7] *= -1
-    mean, var = 0.1 * torch.randn(c, generator=g), 0.5 + torch.rand(c, generator=g)
-    dy = torch.randn(case.n, c, case.out_size, case.out_size, generator=g).to(dtype)
-    dy = dy.to(memory_format=LAYOUTS[case.layout])
-    t = Layer(*(t.to(case.device) for t in (x, weight, gamma, beta, mean, var, dy)))
+    mean, var = 0.1 * normal(c), uniform()
+    dy = images(normal(case.n, c, case.out_size, case.out_size))
+    t = Layer(x, weight, gamma, beta, mean, var, dy)
     if case.mode == "forward+backward":
         z = _conv(t.x.double(), t.weight.double(), case)
         pre = F.batch_norm(z, None, None, t.gamma.double(), t.beta.double(), True, 0.0, EPS)
         single = TF32_EPS if case.device == "cuda" else 16 * torch.finfo(torch.float32).eps
-        kink = 4 * max(torch.finfo(dtype).eps, single)
+        kink = 4 * max(torch.finfo(t.x.dtype).eps, single)
         t.dy.masked_fill_(pre.abs() <= kink * pre.abs().max(), 0)
     return t
 

@@ -54,8 +54,17 @@ SLOW = {
 }
 
 
+def needs_gpu(item: pytest.Item) -> bool:
+    """Whether the test's backend runs on a GPU here."""
+    target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+    return isinstance(target, Target) and target.device == "cuda"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of SLOW, except where -m names their marker."""
+    """Mark what needs a GPU; leave out the tests of SLOW, except where -m names their marker."""
+    for item in filter(needs_gpu, items):
+        item.add_marker("gpu")
     asked = config.getoption("markexpr", "")
     left_out = [i for i in items if any(i.get_closest_marker(m) and m not in asked for m in SLOW)]
     if left_out:

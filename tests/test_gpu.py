@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, a second device, CUDA graphs, tensors past 2^31 elements.
+"""What only a GPU can show: streams, CUDA graphs, tensors past 2^31 elements, whole networks.
 
 Skipped without one. `python -m bench --suite gpu` runs these with the other tests.
 """
@@ -18,7 +18,9 @@ from cases import Case, Target
 from test_backend_functions import Exact
 from torch import Tensor
 
-from resnext_kernels import backends
+from bench import cases as rows
+from bench import peers
+from resnext_kernels import FusedGroupedBottleneck, backends
 from resnext_kernels.backends import tuning
 
 BACKENDS = ("cuda", "triton")
@@ -268,3 +270,48 @@ def test_autotuning(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("triton.testing.do_bench", None)  # is not called
     check(results(e.target.module, e))
     assert sorted(tmp_path.iterdir()) == files
+
+
+def on_gpu(*parameters: Any) -> Any:
+    return pytest.param(*parameters, id="-".join(map(str, parameters)), marks=needs_gpu)
+
+
+@pytest.mark.parametrize("mode", ["eval", "forward+backward"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [on_gpu(b, d) for b in BACKENDS for d in ("float16", "bfloat16", "float32")
+     if (b, d) != ("cuda", "float32")],
+)  # fmt: skip
+def test_a_network(backend: str, dtype: str, mode: str) -> None:
+    """torchvision's ResNeXt-50 after `fuse`, in autocast, is as exact as before."""
+    case = rows.Case(
+        "network", mode, 4, 96, dtype=dtype, device="cuda", backend=backend, model="resnext50_32x4d"
+    )
+    work = peers.workload(case)
+    candidate = work.build(peers.OURS)
+    with peers.poisoned(True):
+        results = candidate.results(candidate.run())
+    verdict = peers.check(work, results, peers.eager_errors(work))
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [on_gpu(torch.float16), on_gpu(torch.float32)])
+def test_a_compiled_block(dtype: torch.dtype, training: bool) -> None:
+    """One graph for the CUDA device, with the numbers of the block without torch.compile."""
+    torch.compiler.reset()
+    module = FusedGroupedBottleneck(256, 64, groups=32, base_width=4).train(training)
+    module = module.to("cuda", memory_format=torch.channels_last)
+    x = torch.randn(4, 256, 14, 14, device="cuda").contiguous(memory_format=torch.channels_last)
+
+    def step(module: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        with torch.autocast("cuda", dtype, enabled=dtype != F32):
+            y = module(leaf)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [leaf, *parameters])]
+
+    parameters = list(module.parameters())
+    wanted = step(module)
+    for got, value in zip(step(torch.compile(module, fullgraph=True)), wanted, strict=True):
+        scale = value.abs().max().item()
+        torch.testing.assert_close(got, value, rtol=0, atol=4 * torch.finfo(dtype).eps * scale)

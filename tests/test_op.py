@@ -479,12 +479,16 @@ def test_without_affine_or_running_statistics(mode: str, target: Target) -> None
 @pytest.mark.parametrize("eps", [0.0, 1e-3, 1.0])
 @MODES
 def test_eps(eps: float, mode: str, target: Target) -> None:
-    if eps == 0 and mode == "train":
-        pytest.skip("torch's batch_norm refuses eps = 0 in training")
     case = FEW[0]
     target.require(case)
     inputs = make_inputs(case, target.dtype, target.device)
     args = {"training": mode == "train", "eps": eps}
+    try:
+        peer = plain(inputs, case.conv, **args)
+    except ValueError as error:  # eps = 0: in training, some releases of torch in eval too
+        assert eps == 0, error  # noqa: PT017
+        pytest.skip(str(error))
+    truth = plain(inputs.double(), case.conv, **args)
     y = grouped_conv_bn_relu(
         inputs.x,
         inputs.weight,
@@ -496,7 +500,6 @@ def test_eps(eps: float, mode: str, target: Target) -> None:
         **args,
         **case.conv,
     )
-    truth, peer = plain(inputs.double(), case.conv, **args), plain(inputs, case.conv, **args)
     assert_as_exact_as_torch("y", y, truth.y, peer.y, floor(target.dtype, largest(truth.y)))
 
 
