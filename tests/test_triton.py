@@ -327,7 +327,8 @@ def test_the_architecture_decides() -> None:
     assert [config(arch, 4, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 32]
     assert [config(arch, 14, F16, "dz").block_p for arch in (80, "gfx942")] == [16, 16]
     assert [config(arch, 16, F32, "x").block_p for arch in (86, 90)] == [16, 32]
-    assert [config(arch, 4, F32, "x").src_width for arch in (80, "gfx90a")] == [8, 16]
+    widths = [config(arch, 4, F32, "x").src_width for arch in (80, "gfx90a")]
+    assert widths == [backend._NARROW_FLOAT32, 16]
     assert backend._shared_bytes(86) == 99 * 1024
     assert backend._shared_bytes(80) == 163 * 1024
     assert backend._shared_bytes(90) == 227 * 1024

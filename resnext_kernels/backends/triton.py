@@ -86,10 +86,12 @@ except ImportError as error:
     _MISSING: str | None = f"Triton is missing ({error})"
     _jit: Any = lambda function=None, **options: function or _jit  # noqa: E731
     _INTERPRETED = False
+    _VERSION: tuple[int, ...] = ()
 else:
     _MISSING = None
     _jit = triton.jit
     _INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on CPU tensors
+    _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 NAME = "triton"
 
@@ -191,6 +193,10 @@ def _pow2(n: int, low: int) -> int:
     return max(low, 1 << (n - 1).bit_length())
 
 
+# Float32 channels of a product on NVIDIA. The matrix instructions take 8; Triton 3.6, which comes
+# with torch 2.11, refuses fewer than 16.
+_NARROW_FLOAT32 = 8 if _VERSION >= (3, 8) else 16
+
 # Rows that a program walks at most: one or two more are loaded, so long walks are cheap in traffic,
 # but few programs leave the last wave of them half empty.
 _ROWS = 14
@@ -216,7 +222,7 @@ def _conv_config(
     amd = isinstance(arch, str)
     hopper = isinstance(arch, int) and arch >= 90
     half = dtype.itemsize == 2
-    narrow = 16 if half or amd else 8  # what one matrix instruction takes
+    narrow = 16 if half or amd else _NARROW_FLOAT32  # what one matrix instruction takes
     pack = max(1, narrow // max(src_d, dst_d))
     src, dst = _pow2(pack * src_d, narrow), _pow2(pack * dst_d, narrow)
     widest = max(src, dst)
@@ -564,16 +570,16 @@ def _conv_rows_kernel(
     DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stride 1. Programs: (tiles / TILES, N*W / BLOCK_P, H / rows).
+    """Stride 1. Programs: (N*W / BLOCK_P, tiles / TILES, H / rows).
 
     dx also writes dz, which it has in registers, for dweight.
     """
     SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
-    tile = tl.program_id(0) * TILES
+    tile = tl.program_id(1) * TILES
     src, src_ok = _columns(tile, 0, SRC_C, SRC_D, PACK, SRC, TILES)
     dst, dst_ok = _columns(tile, 0, DST_C, DST_D, PACK, DST, TILES)
-    column = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     column_ok = column < N * W
     n = (column // W).to(tl.int64)
     w = column % W
@@ -664,7 +670,7 @@ def _conv_rows_kernel(
                     mean += off / (h + 1 - first)
                     m2 += off * (relative - mean)
     if partial_ptr is not None:
-        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        program = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
         count = (last - first) * 1.0 + tl.zeros((BLOCK_P,), tl.float32)
         _store_statistics(
             partial_ptr, program, DST_C, pivot, mean, m2, column_ok, count, dst, dst_ok
@@ -680,18 +686,19 @@ def _conv_kernel(
     DST: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     PHASES: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Any stride and dilation. Programs: (tiles * DST_CHUNKS / TILES, pixels / BLOCK_P, PHASES^2).
+    """Any stride and dilation. Programs: (pixels / BLOCK_P * DST_CHUNKS, tiles / TILES, PHASES^2).
 
     dx: a program takes the pixels whose h and w leave the same remainders, its phase, of the
     stride; for them the same taps count.
     """
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
-    tile = tl.program_id(0) // DST_CHUNKS * TILES
+    tile = tl.program_id(1) * TILES
+    block = tl.program_id(0) // DST_CHUNKS
     first_dst = tl.program_id(0) % DST_CHUNKS * DST
     dst, dst_ok = _columns(tile, first_dst, DST_C, DST_D, PACK, DST, TILES)
     rows = tl.cdiv(H, PHASES)
     columns = tl.cdiv(W, PHASES)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     n = p // (rows * columns)
     phase_h = tl.program_id(2) // PHASES
     phase_w = tl.program_id(2) % PHASES
@@ -723,7 +730,7 @@ def _conv_kernel(
         pivot = _pivot(acc, pixel_ok)
         acc -= pivot[None, :]
         _store_statistics(
-            partial_ptr, tl.program_id(1), DST_C, pivot, acc, tl.zeros_like(acc), pixel_ok,
+            partial_ptr, block, DST_C, pivot, acc, tl.zeros_like(acc), pixel_ok,
             tl.full((BLOCK_P,), 1.0, tl.float32), dst, dst_ok,
         )  # fmt: skip
 
@@ -790,7 +797,7 @@ def _conv_shift_kernel(
     DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strides 1 and 2. Programs: (tiles / TILES, N*W / USED, H / rows).
+    """Strides 1 and 2. Programs: (N*W / USED, tiles / TILES, H / rows).
 
     A warp makes 16 of a tile's channels, for which it keeps the weights. Of BLOCK_P = 16 columns
     the first, with stride 1 also the last, are there for their neighbours.
@@ -799,7 +806,7 @@ def _conv_shift_kernel(
     CHUNKS: tl.constexpr = DST // 16
     BLOCKS: tl.constexpr = TILES * CHUNKS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    tile = tl.program_id(0) * TILES
+    tile = tl.program_id(1) * TILES
     src, src_ok = _columns(tile, 0, SRC_C, DIN, PACK, SRC, TILES)
     dst, dst_ok = _columns(tile, 0, DST_C, DOUT, PACK, DST, TILES)
     position = tl.arange(0, BLOCK_P)
@@ -829,7 +836,7 @@ def _conv_shift_kernel(
         channel = (tile + block // CHUNKS) * SRC + tl.arange(0, SRC)[None, :, None]
         scale = tl.load(in_scale_ptr + channel, mask=channel < SRC_C, other=0.0)
         shift = tl.load(in_shift_ptr + channel, mask=channel < SRC_C, other=0.0)
-    column = tl.program_id(1) * USED - 1 + position
+    column = tl.program_id(0) * USED - 1 + position
     own = (column < N * W) & (position > 0) & (position <= USED)
     n = (column // W).to(tl.int64)
     w = column % W
@@ -918,7 +925,7 @@ def _conv_shift_kernel(
                 DST_C, result, own, dst, dst_ok, h + 1 - first, 0.0, pivot, mean, m2,
             )  # fmt: skip
     if partial_ptr is not None:
-        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        program = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
         count = (last - first) * 1.0 + tl.zeros((BLOCK_P,), tl.float32)
         _store_statistics(partial_ptr, program, DST_C, pivot, mean, m2, own, count, dst, dst_ok)
 
@@ -932,17 +939,19 @@ def _dweight_kernel(
     DST: tl.constexpr, SRC_CHUNKS: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, tap, k, d]. Programs: (tiles and chunks, 3, N*W / BLOCK_P * splits).
+    """partial[s, tap, k, d]. Programs: (N*W / BLOCK_P * splits * 3 * chunks, tiles / TILES).
 
     A program takes one kh and walks BLOCK_P columns (n, w) down `rows` rows of dz. The x of its
     three taps are one tile with 4 times as many columns, the fourth zero: one dot, dz is loaded
     once.
     """
-    chunk = tl.program_id(0) % (SRC_CHUNKS * DST_CHUNKS)
-    tile = tl.program_id(0) // (SRC_CHUNKS * DST_CHUNKS) * TILES
+    CHUNKS: tl.constexpr = SRC_CHUNKS * DST_CHUNKS
+    tile = tl.program_id(1) * TILES
+    chunk = tl.program_id(0) % CHUNKS
     first_src = chunk % SRC_CHUNKS * SRC
     first_dst = chunk // SRC_CHUNKS * DST
-    kh = tl.program_id(1)
+    kh = tl.program_id(0) // CHUNKS % 3
+    part = tl.program_id(0) // (3 * CHUNKS)
     dst, dst_ok = _columns(tile, first_dst, K, DOUT, PACK, DST, TILES)
     # columns of x: tile, tap, channel
     f = tl.arange(0, TILES * 4 * SRC)
@@ -950,14 +959,14 @@ def _dweight_kernel(
     i = first_src + f % SRC
     src = (tile + f // (4 * SRC)) * (PACK * DIN) + i
     src_ok = (i < PACK * DIN) & (src < C) & (kw < 3)
-    column = tl.program_id(2) // splits * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = part // splits * BLOCK_P + tl.arange(0, BLOCK_P)
     column_ok = column < N * W
     n = (column // W).to(tl.int64)
     w = column % W
     x_w = w[:, None] * stride + ((kw - 1) * dilation)[None, :]
     x_ok = column_ok[:, None] & src_ok[None, :] & (x_w >= 0) & (x_w < X_W)
     dz_ok = column_ok[:, None] & dst_ok[None, :]
-    first = tl.program_id(2) % splits * rows
+    first = part % splits * rows
     x_columns = x_w.to(tl.int64) * C + src[None, :]
     acc = tl.zeros((TILES, DST, 4 * SRC), tl.float32)
     for h in range(first, tl.minimum(first + rows, H)):
@@ -979,7 +988,7 @@ def _dweight_kernel(
     kw = g // SRC
     k = (tile + tl.arange(0, TILES)[:, None, None]) * (PACK * DOUT) + o
     ok = (i // DIN == o // DOUT) & (i < PACK * DIN) & (o < PACK * DOUT) & (k < K) & (kw < 3)
-    row = (tl.program_id(2) * 9 + kh * 3 + kw).to(tl.int64) * K + k
+    row = (part * 9 + kh * 3 + kw).to(tl.int64) * K + k
     tl.store(partial_ptr + row * DIN + i % DIN, acc, mask=ok)
 
 
@@ -1292,6 +1301,21 @@ def _rows_and_channels(C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @_jit
+def _block(M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program's (BLOCK_M, BLOCK_C) part of the matrix: offsets, which exist, and its channels."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = channel < C
+    return (
+        m.to(tl.int64)[:, None] * C + channel[None, :],
+        (m < M)[:, None] & ok[None, :],
+        channel,
+        ok,
+    )
+
+
+@_jit
 def _batch_stats_kernel(
     z_ptr, partial_ptr, M, C, blocks, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -1405,11 +1429,8 @@ def _normalize_relu_kernel(
     z_ptr, scale_ptr, shift_ptr, residual_ptr, res_scale_ptr, res_shift_ptr, y_ptr, M, C,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (C / BLOCK_C, M / BLOCK_M)."""
-    row, channel, ok = _rows_and_channels(C, BLOCK_M, BLOCK_C)
-    m = tl.program_id(1) * BLOCK_M + row
-    mask = (m < M)[:, None] & ok[None, :]
-    offset = m.to(tl.int64)[:, None] * C + channel[None, :]
+    """Programs: (M / BLOCK_M * C / BLOCK_C,)."""
+    offset, mask, channel, ok = _block(M, C, BLOCK_M, BLOCK_C)
     y = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     y = y * _vector(scale_ptr, channel, ok) + _vector(shift_ptr, channel, ok)
     if residual_ptr is not None:
@@ -1425,11 +1446,8 @@ def _input_gradient_kernel(
     dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr, dz_ptr, M, C,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (C / BLOCK_C, M / BLOCK_M)."""
-    row, channel, ok = _rows_and_channels(C, BLOCK_M, BLOCK_C)
-    m = tl.program_id(1) * BLOCK_M + row
-    mask = (m < M)[:, None] & ok[None, :]
-    offset = m.to(tl.int64)[:, None] * C + channel[None, :]
+    """Programs: (M / BLOCK_M * C / BLOCK_C,)."""
+    offset, mask, channel, ok = _block(M, C, BLOCK_M, BLOCK_C)
     dz = _load_source(
         dy_ptr, z_ptr, y_ptr, scale_ptr, shift_ptr, a_ptr, b_ptr, c_ptr, offset, mask, channel, ok
     )
@@ -1437,6 +1455,8 @@ def _input_gradient_kernel(
 
 
 # Launchers -----------------------------------------------------------------------------------
+
+# Pixels are the first axis of every grid: CUDA's others end at 65535.
 
 # Programs that a reduction over pixels is cut into: about four for each multiprocessor of the
 # largest GPUs. Not asked of the device, so that the same sums come out on every one.
@@ -1556,14 +1576,16 @@ def _convolve(
         columns = config.block_p
         if config.shifts:
             columns -= 2 if stride == 1 else 1
-        grid = (tiles, triton.cdiv(n * w, columns), triton.cdiv(h, config.rows))
+        grid = (triton.cdiv(n * w, columns), tiles, triton.cdiv(h, config.rows))
+        parts = grid[0] * grid[2]
     else:
         phases = stride if transposed else 1
         pixels = n * triton.cdiv(h, phases) * triton.cdiv(w, phases)
         chunks = triton.cdiv(config.pack * dst_d, config.dst_width)
-        grid = (tiles * chunks, triton.cdiv(pixels, config.block_p), phases * phases)
+        parts = triton.cdiv(pixels, config.block_p)
+        grid = (parts * chunks, tiles, phases * phases)
     if stats:
-        partial = x.new_empty((grid[1] * grid[2], 4, dst_c), dtype=torch.float32)
+        partial = x.new_empty((parts, 4, dst_c), dtype=torch.float32)
     if config.shifts:
         assert z is None
         tensors = (x, scale, shift, weight, *epilogue, out, partial)
@@ -1725,7 +1747,7 @@ def normalize_relu(
     """y = relu(scale * z + shift [+ residual | + rs * residual + rh]), residual_affine=(rs, rh)."""
     y = torch.empty_like(z, memory_format=torch.channels_last)
     m, c, meta = _blocks(z)
-    grid = (triton.cdiv(c, meta["BLOCK_C"]), triton.cdiv(m, meta["BLOCK_M"]))
+    grid = (triton.cdiv(c, meta["BLOCK_C"]) * triton.cdiv(m, meta["BLOCK_M"]),)
     affine = residual_affine or (None, None)
     tensors = (z, scale, shift, residual, *affine, y)
     _launch(_normalize_relu_kernel, grid, *tensors, m, c, warps=4, stages=1, **meta)
@@ -1788,7 +1810,7 @@ def bn_relu_input_gradient(
     """dz = a*g [+ b*z + c]; with inplace, in dy's memory."""
     dz = dy if inplace else torch.empty_like(z, memory_format=torch.channels_last)
     m, channels, meta = _blocks(z)
-    grid = (triton.cdiv(channels, meta["BLOCK_C"]), triton.cdiv(m, meta["BLOCK_M"]))
+    grid = (triton.cdiv(channels, meta["BLOCK_C"]) * triton.cdiv(m, meta["BLOCK_M"]),)
     tensors = (dy, z, y, scale, shift, a, b, c, dz)
     _launch(_input_gradient_kernel, grid, *tensors, m, channels, warps=4, stages=1, **meta)
     return dz
@@ -1827,14 +1849,14 @@ def _dweight(
         if not half or config.pack > 4:
             block_p = 16  # 32 take more registers than leave room for two programs, or spill
     tiles = triton.cdiv(triton.cdiv(groups, config.pack), width)
-    programs = tiles * src_chunks * dst_chunks
+    chunks = 3 * src_chunks * dst_chunks
     columns = triton.cdiv(n * w, block_p)
-    splits, rows = _split_blocks(h, programs * 3 * columns)
+    splits, rows = _split_blocks(h, tiles * chunks * columns)
     partial = x.new_empty((columns * splits, 9, k, din), dtype=torch.float32)
     in_scale, in_shift = (None, None) if prologue is None else prologue
     _launch(
         _dweight_kernel,
-        (programs, 3, columns * splits),
+        (columns * splits * chunks, tiles),
         *(dy, *gradient, x, in_scale, in_shift, partial),
         *(n, x_h, x_w, h, w, c, k, rows, splits, stride, dilation),
         DIN=din,
