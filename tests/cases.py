@@ -239,12 +239,12 @@ class Inputs:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Random inputs, channels_last, about a third of gamma negative."""
+    """Random inputs, channels_last, about a third of gamma negative; the same on every device."""
     vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     d = case.c // case.groups
 
     def images(*shape: int) -> Tensor:
-        t = torch.randn(*shape, device=device).to(dtype)
+        t = torch.randn(*shape).to(device, dtype)
         return t.contiguous(memory_format=torch.channels_last)
 
     def vector(t: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
 
     return Inputs(
         x=(images(case.n, case.c, case.h, case.w) + 0.5),
-        weight=(torch.randn(case.k, d, 3, 3, device=device) / (9 * d) ** 0.5).to(dtype),
+        weight=(torch.randn(case.k, d, 3, 3) / (9 * d) ** 0.5).to(device, dtype),
         gamma=vector((torch.rand(case.k) + 0.5) * (torch.rand(case.k) - 0.3).sign()),
         beta=vector(torch.randn(case.k) / 2),
         running_mean=vector(torch.randn(case.k) / 2),
@@ -361,10 +361,13 @@ def floor(dtype: torch.dtype, scale: float) -> float:
 def assert_as_exact_as_torch(
     name: str, actual: Tensor, truth: Tensor, peer: Tensor, floor: float
 ) -> None:
-    """|actual - truth| <= 2 max|peer - truth| + floor; NaN and Inf exactly where torch has them."""
+    """|actual - truth| <= 2 max|peer - truth| + floor; NaN and Inf exactly where torch has them.
+
+    They may be on different devices.
+    """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}"
     assert actual.dtype == peer.dtype, f"{name}: dtype {actual.dtype}, torch gives {peer.dtype}"
-    actual, peer = actual.detach().double(), peer.detach().double()
+    actual, truth, peer = (t.detach().cpu().double() for t in (actual, truth, peer))
     odd = ~peer.isfinite()
     assert torch.equal(~actual.isfinite(), odd), f"{name}: NaN or Inf where torch has none or none"
     torch.testing.assert_close(actual[odd], peer[odd], rtol=0, atol=0, equal_nan=True)

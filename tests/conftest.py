@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +11,14 @@ from cases import TARGETS, Target
 
 
 @pytest.fixture(params=TARGETS, ids=str)
-def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Every backend in every dtype; `cpu` in every instruction set that this machine runs."""
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
+    """Every backend in every dtype; `cpu` in every instruction set that this machine runs.
+
+    On a GPU float32 is IEEE: which of torch's convolutions take TF32 is cuDNN's choice.
+    """
     target: Target = request.param
+    if target.device == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if target.isa is None:
         yield target
         return
@@ -45,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, skipped without one")
     for name, text in SLOW.items():
         config.addinivalue_line("markers", f"{name}: {text}; run by -m {name} alone")
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 
 # Minutes each: left out unless asked for.

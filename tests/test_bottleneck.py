@@ -41,7 +41,7 @@ def integers(bound: int, *shape: int, dtype: torch.dtype = torch.float64) -> Ten
 
 def assert_equal(name: str, actual: Tensor, truth: Tensor) -> None:
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}"
-    wrong = (actual.detach().double() != truth.detach()).nonzero()
+    wrong = (actual.detach().cpu().double() != truth.detach().cpu()).nonzero()
     assert not len(wrong), f"{name}: {len(wrong)} of {truth.numel()} wrong, at {wrong[0].tolist()}"
 
 

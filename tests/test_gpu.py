@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import cases as rows
 from bench import peers
 from resnext_kernels import FusedGroupedBottleneck, backends
-from resnext_kernels.backends import tuning
+from resnext_kernels.backends import triton, tuning
 
 BACKENDS = ("cuda", "triton")
 CASES = [Case(2, 128, 9, 7, groups=32), Case(2, 128, 9, 8, groups=4, stride=2)]
@@ -48,9 +48,9 @@ class On(Target):
         return "cpu" if self.index is None else f"cuda:{self.index}"
 
 
-def exact(backend: str, case: Case, index: int | None = 0) -> Exact:
+def exact(backend: str, case: Case, index: int | None = 0, dtype: torch.dtype = F16) -> Exact:
     """Tensors of small integers and halves, on that device."""
-    target = On(backend, F16 if backend != "reference" else torch.float64, index=index)
+    target = On(backend, dtype if backend != "reference" else torch.float64, index=index)
     device = torch.device(target.device)
     problem = Target.problem(target, case)
     problem = dataclasses.replace(problem, device_type=device.type, device_index=device.index)
@@ -104,6 +104,16 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     different = [name for name in found if not torch.equal(found[name], wanted[name])]
     assert not different
+
+
+def assert_right(found: dict[str, Tensor], e: Exact) -> None:
+    """`found` are the reference's results in float64; all but variances are exact."""
+    truth = exact("reference", e.case, None)
+    for name, t in tensors(e).items():
+        setattr(truth, name, t.cpu().double())
+    wanted = results(truth.target.module, truth)
+    for name, t in found.items():
+        torch.testing.assert_close(t.cpu().double(), wanted[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -173,15 +183,27 @@ def test_a_second_device(backend: str, case: Case) -> None:
     found = results(e.target.module, e)
     assert torch.cuda.current_device() == 0
     assert {t.device for t in found.values()} == {torch.device("cuda", 1)}
-    truth = exact("reference", case, None)
-    for name, t in tensors(e).items():
-        setattr(truth, name, t.cpu().double())
-    wanted = results(truth.target.module, truth)
-    for name, t in found.items():  # all but variances are exact
-        torch.testing.assert_close(t.cpu().double(), wanted[name], rtol=1e-5, atol=1e-5)
+    assert_right(found, e)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=needs_gpu) for c in CASES])
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+def test_float32(case: Case, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small integers and halves are exact in TF32, too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    e = exact("triton", case, dtype=F32)
+    assert_right(results(e.target.module, e), e)
+
+
+@pytest.fixture
+def memory() -> Iterator[None]:
+    """The test's memory is there for other processes afterwards."""
+    yield
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.large
+@pytest.mark.usefixtures("memory")
 @each
 def test_past_int32(backend: str, case: Case) -> None:
     """Tensors of more than 2^31 elements: the last images are those of a small batch."""
@@ -250,6 +272,8 @@ def test_autotuning(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     e = exact("triton", case)
     wanted = results(e.target.module, e)
     monkeypatch.setattr(tuning, "_asked", True)
+    alternatives = triton._alternatives
+    monkeypatch.setattr(triton, "_alternatives", lambda *args: alternatives(*args)[:2])
 
     def check(found: dict[str, Tensor]) -> None:
         torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -35,6 +36,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 each_case, few_cases = cross(CASES), cross(FEW)
 MODES = pytest.mark.parametrize("mode", ["eval", "train"])
+# The deviation of fewer pixels can be any part of their mean, to which roundings are relative.
+WELL_CONDITIONED = 16
 
 
 def check(
@@ -157,7 +160,8 @@ def test_frozen_statistics(case: Case, target: Target) -> None:
 @each_case
 def test_training(case: Case, target: Target) -> None:
     target.require(case)
-    check(case, target, make_inputs(case, target.dtype, target.device), training=True)
+    inputs = make_inputs(case, target.dtype, target.device)
+    check(case, target, inputs, training=True, conditioned=case.reduced < WELL_CONDITIONED)
 
 
 @few_cases
@@ -363,8 +367,8 @@ def test_nan_and_inf_propagate(
 ) -> None:
     """One odd element: NaN and Inf appear exactly where torch's operators put them.
 
-    Torch's float32 operators also for the narrower dtypes: where the processor multiplies pairs of
-    bfloat16, torch's convolution of an odd number of channels lets a NaN into the next group.
+    Torch's float32 operators on the CPU: where the processor multiplies pairs of bfloat16, and in
+    cuDNN, torch's convolution lets a NaN into the next group.
     """
     target.require(case)
     inputs = make_inputs(case, target.dtype, target.device)
@@ -388,12 +392,13 @@ def test_nan_and_inf_propagate(
     )
     found = torch.autograd.grad(y, [getattr(inputs, name) for name in names], inputs.dy)
     wide = torch.promote_types(target.dtype, torch.float32)
-    peer = plain(inputs.map(lambda t: t.detach().to(wide)), case.conv, gradients=True, **args)
-    assert torch.equal(y.isnan(), peer.y.isnan())
-    assert torch.equal(y.isposinf(), peer.y.isposinf())
+    on_cpu = inputs.map(lambda t: t.detach().to("cpu", wide))
+    peer = plain(on_cpu, case.conv, gradients=True, **args)
+    assert torch.equal(y.isnan().cpu(), peer.y.isnan())
+    assert torch.equal(y.isposinf().cpu(), peer.y.isposinf())
     for name, gradient in zip(names, found, strict=True):
         expected = peer.gradients[name]
-        assert torch.equal(gradient.isfinite(), expected.isfinite()), f"gradient of {name}"
+        assert torch.equal(gradient.isfinite().cpu(), expected.isfinite()), f"gradient of {name}"
 
 
 @few_cases
@@ -703,31 +708,36 @@ def test_result_changed_in_place(residual: bool, target: Target) -> None:
 
 
 @st.composite
-def any_case(draw: st.DrawFn) -> Case:
+def any_case(draw: st.DrawFn, backend: str) -> Case:
+    """What `cuda` refuses is left out of its draw: all but a few per cent would be."""
+    narrow = backend == "cuda"
     groups = draw(st.sampled_from([1, 2, 3, 4, 8, 16, 17, 32]))
+    din = draw(st.integers(1, 9))
+    if narrow:
+        din *= 8 // math.gcd(groups * din, 8)
     return Case(
         n=draw(st.integers(1, 3)),
-        c=groups * draw(st.integers(1, 9)),
+        c=groups * din,
         h=draw(st.integers(1, 12)),
         w=draw(st.integers(2, 12)),
         groups=groups,
-        k=groups * draw(st.integers(1, 9)),
-        stride=draw(st.sampled_from([1, 1, 2, 3])),
-        dilation=draw(st.sampled_from([1, 1, 2, 3])),
+        k=groups * (din if narrow else draw(st.integers(1, 9))),
+        stride=draw(st.sampled_from([1, 1, 2] if narrow else [1, 1, 2, 3])),
+        dilation=draw(st.sampled_from([1] if narrow else [1, 1, 2, 3])),
     )
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
-    case=any_case(),
+    data=st.data(),
     layout=st.sampled_from([lambda t: t, *LAYOUTS]),
     training=st.booleans(),
     residual=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def hold_anything(target, case, layout, training, residual, seed) -> None:
-    # the deviation of a few pixels can be any part of their mean, to which roundings are relative
-    assume(case.reduced >= 16)
+def hold_anything(target, data, layout, training, residual, seed) -> None:
+    case = data.draw(any_case(target.backend))
+    assume(case.reduced >= WELL_CONDITIONED)
     assume(target.module.why_not(target.problem(case)) is None)
     torch.manual_seed(seed)
     inputs = make_inputs(case, target.dtype, target.device)
