@@ -230,12 +230,13 @@ def run(
     bar = tqdm(list(cases), unit="row", disable=not progress, dynamic_ncols=True)
     complete = True
     try:
-        for case in bar:
-            bar.set_description_str(case.id)
-            chosen = peers.usual_peers(case, suite) if wanted is None else wanted
-            began = time.monotonic()
-            rows.append(measure(case, method, roofline, chosen))
-            rows[-1]["seconds"] = round(time.monotonic() - began, 1)
+        with timing.side_stream(method.device):
+            for case in bar:
+                bar.set_description_str(case.id)
+                chosen = peers.usual_peers(case, suite) if wanted is None else wanted
+                began = time.monotonic()
+                rows.append(measure(case, method, roofline, chosen))
+                rows[-1]["seconds"] = round(time.monotonic() - began, 1)
     except KeyboardInterrupt:  # what was measured so far is reported
         complete = False
     roofline.refresh()

@@ -21,7 +21,7 @@ import subprocess
 import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
@@ -160,19 +160,27 @@ def rotation(bytes_moved: int, device: str) -> int:
     return 1 + min(63, 2 * cache // max(bytes_moved, 1))
 
 
+def side_stream(device: str) -> AbstractContextManager[Any]:
+    """On a GPU, for what shall be `graphed`: a stream that is not the default one, on which nothing
+    can be captured.
+
+    Autograd's nodes for the gradients of leaves belong to the stream on which they were made, and
+    live as long as any result of theirs. Captured on another stream, the backward pass would wait
+    for that one, which ends the capture. So everything runs on one stream, from the first call on.
+    """
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+
+
 def graphed(run: Run, calls: int) -> Run:
     """So many calls of ``run`` captured in one CUDA graph; it returns the results of each.
 
-    They are kept, so that every call of the graph writes to memory of its own.
+    They are kept, so that every call of the graph writes to memory of its own. The current stream
+    is a `side_stream`.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(max(3, calls)):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(max(3, calls)):
+        run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         results = [run() for _ in range(calls)]
 
     def replay() -> list[Any]:

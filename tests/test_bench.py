@@ -275,7 +275,7 @@ class FakeCuda:
             FakeCuda.clock += 1.0
 
     @staticmethod
-    def context(_: Any) -> Any:
+    def context(*_: Any, **__: Any) -> Any:
         return nullcontext()
 
 

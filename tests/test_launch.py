@@ -476,7 +476,7 @@ def test_convolutions_are_tuned(
     assert len(timer.timed) == len(launches) - 1
     assert len({str(launch.meta) + str(launch.args[-4]) for launch in launches}) > 4
     assert launches[-1].meta["BLOCK_P"] == 32
-    assert launches[-1].grid[0] == 8 * 14 // 32 + 1, "the grid is the chosen configuration's"
+    assert launches[-1].grid[1] == 8 * 14 // 32 + 1, "the grid is the chosen configuration's"
     assert len(convolution()) == 1
     assert len(convolution(h=7)) > 1
     assert len(convolution(stride=2)) > 1

@@ -287,6 +287,18 @@ def test_configurations_fit_the_architecture(arch: int | str) -> None:
             assert c.warps >= 1
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+def test_grids_of_the_most_pixels(regime: str, on: Callable[[int | str], None]) -> None:
+    """CUDA's limits: 2^31 - 1 programs along the first axis, 65535 along the others."""
+    on(90)
+    problem = REGIMES[regime]
+    most = dataclasses.replace(problem, n=(2**31 - 1) // (problem.h * problem.w))
+    for name, launch in launches(most).items():
+        x, *others = launch.grid
+        assert x < 2**31, name
+        assert max(others, default=1) <= 65535, name
+
+
 def test_shared_memory_is_bounded_by_the_configuration(
     on: Callable[[int | str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

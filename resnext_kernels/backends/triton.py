@@ -570,16 +570,16 @@ def _conv_rows_kernel(
     DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stride 1. Programs: (N*W / BLOCK_P, tiles / TILES, H / rows).
+    """Stride 1. Programs: (tiles / TILES, N*W / BLOCK_P, H / rows).
 
     dx also writes dz, which it has in registers, for dweight.
     """
     SRC_D: tl.constexpr = DOUT if TRANSPOSED else DIN
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
-    tile = tl.program_id(1) * TILES
+    tile = tl.program_id(0) * TILES
     src, src_ok = _columns(tile, 0, SRC_C, SRC_D, PACK, SRC, TILES)
     dst, dst_ok = _columns(tile, 0, DST_C, DST_D, PACK, DST, TILES)
-    column = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     column_ok = column < N * W
     n = (column // W).to(tl.int64)
     w = column % W
@@ -670,7 +670,7 @@ def _conv_rows_kernel(
                     mean += off / (h + 1 - first)
                     m2 += off * (relative - mean)
     if partial_ptr is not None:
-        program = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         count = (last - first) * 1.0 + tl.zeros((BLOCK_P,), tl.float32)
         _store_statistics(
             partial_ptr, program, DST_C, pivot, mean, m2, column_ok, count, dst, dst_ok
@@ -686,15 +686,17 @@ def _conv_kernel(
     DST: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     PHASES: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Any stride and dilation. Programs: (pixels / BLOCK_P * DST_CHUNKS, tiles / TILES, PHASES^2).
+    """Any stride and dilation. Programs: (pixels / BLOCK_P * programs of channels, 1, PHASES^2).
 
     dx: a program takes the pixels whose h and w leave the same remainders, its phase, of the
     stride; for them the same taps count.
     """
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
-    tile = tl.program_id(1) * TILES
-    block = tl.program_id(0) // DST_CHUNKS
-    first_dst = tl.program_id(0) % DST_CHUNKS * DST
+    programs = tl.cdiv(tl.cdiv(DST_C // DST_D, PACK), TILES) * DST_CHUNKS
+    block = tl.program_id(0) // programs
+    program = tl.program_id(0) % programs
+    tile = program // DST_CHUNKS * TILES
+    first_dst = program % DST_CHUNKS * DST
     dst, dst_ok = _columns(tile, first_dst, DST_C, DST_D, PACK, DST, TILES)
     rows = tl.cdiv(H, PHASES)
     columns = tl.cdiv(W, PHASES)
@@ -797,7 +799,7 @@ def _conv_shift_kernel(
     DST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strides 1 and 2. Programs: (N*W / USED, tiles / TILES, H / rows).
+    """Strides 1 and 2. Programs: (tiles / TILES, N*W / USED, H / rows).
 
     A warp makes 16 of a tile's channels, for which it keeps the weights. Of BLOCK_P = 16 columns
     the first, with stride 1 also the last, are there for their neighbours.
@@ -806,7 +808,7 @@ def _conv_shift_kernel(
     CHUNKS: tl.constexpr = DST // 16
     BLOCKS: tl.constexpr = TILES * CHUNKS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    tile = tl.program_id(1) * TILES
+    tile = tl.program_id(0) * TILES
     src, src_ok = _columns(tile, 0, SRC_C, DIN, PACK, SRC, TILES)
     dst, dst_ok = _columns(tile, 0, DST_C, DOUT, PACK, DST, TILES)
     position = tl.arange(0, BLOCK_P)
@@ -836,7 +838,7 @@ def _conv_shift_kernel(
         channel = (tile + block // CHUNKS) * SRC + tl.arange(0, SRC)[None, :, None]
         scale = tl.load(in_scale_ptr + channel, mask=channel < SRC_C, other=0.0)
         shift = tl.load(in_shift_ptr + channel, mask=channel < SRC_C, other=0.0)
-    column = tl.program_id(0) * USED - 1 + position
+    column = tl.program_id(1) * USED - 1 + position
     own = (column < N * W) & (position > 0) & (position <= USED)
     n = (column // W).to(tl.int64)
     w = column % W
@@ -925,7 +927,7 @@ def _conv_shift_kernel(
                 DST_C, result, own, dst, dst_ok, h + 1 - first, 0.0, pivot, mean, m2,
             )  # fmt: skip
     if partial_ptr is not None:
-        program = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         count = (last - first) * 1.0 + tl.zeros((BLOCK_P,), tl.float32)
         _store_statistics(partial_ptr, program, DST_C, pivot, mean, m2, own, count, dst, dst_ok)
 
@@ -1456,8 +1458,6 @@ def _input_gradient_kernel(
 
 # Launchers -----------------------------------------------------------------------------------
 
-# Pixels are the first axis of every grid: CUDA's others end at 65535.
-
 # Programs that a reduction over pixels is cut into: about four for each multiprocessor of the
 # largest GPUs. Not asked of the device, so that the same sums come out on every one.
 _PROGRAMS = 528
@@ -1532,7 +1532,7 @@ def _convolve(
     z, y, scale, shift, a, b, c = gradient
     if config is None:
         arch = _arch(x.device)
-        walk = _walk(stride, dilation, transposed)
+        walk = _walk(out, stride, dilation, transposed)
         source = "dz" if z is not None else ("x" if scale is None else "activation")
         config = _conv_config(src_d, dst_d, groups, h, walk, x.dtype, source, arch)
         if tuning.enabled(x.device):
@@ -1576,14 +1576,14 @@ def _convolve(
         columns = config.block_p
         if config.shifts:
             columns -= 2 if stride == 1 else 1
-        grid = (triton.cdiv(n * w, columns), tiles, triton.cdiv(h, config.rows))
-        parts = grid[0] * grid[2]
+        grid = (tiles, triton.cdiv(n * w, columns), triton.cdiv(h, config.rows))
+        parts = grid[1] * grid[2]
     else:
         phases = stride if transposed else 1
         pixels = n * triton.cdiv(h, phases) * triton.cdiv(w, phases)
         chunks = triton.cdiv(config.pack * dst_d, config.dst_width)
         parts = triton.cdiv(pixels, config.block_p)
-        grid = (parts * chunks, tiles, phases * phases)
+        grid = (parts * tiles * chunks, 1, phases * phases)
     if stats:
         partial = x.new_empty((parts, 4, dst_c), dtype=torch.float32)
     if config.shifts:
@@ -1615,15 +1615,20 @@ def _described(*tensors: Tensor, **arguments: Any) -> dict[str, Any]:
     return described | {"tensors": plain(tensors), "precision": _precision(tensors[0].dtype)}
 
 
-def _walk(stride: int, dilation: int, transposed: bool) -> int:
-    """Of `_conv_config`. The rows that dx of a stride reads are not one below the other."""
-    return stride if dilation == 1 and (stride == 1 or not transposed) else 0
+def _walk(out: Tensor, stride: int, dilation: int, transposed: bool) -> int:
+    """Of `_conv_config`. The rows that dx of a stride reads are not one below the other.
+
+    Columns are the second axis of those kernels' grids, which ends at 65535; in others that grow
+    with the pixels these are the first.
+    """
+    below = dilation == 1 and (stride == 1 or not transposed)
+    return stride if below and triton.cdiv(out.shape[0] * out.shape[3], 14) <= 65535 else 0
 
 
 def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
     """Whether dx is `_conv_rows_kernel`'s."""
     k, din = weight.shape[:2]
-    walk = _walk(stride, dilation, True)
+    walk = _walk(x, stride, dilation, True)
     arch = _arch(x.device)
     config = _conv_config(k // groups, din, groups, x.shape[2], walk, x.dtype, "dz", arch)
     return config.rows > 0
