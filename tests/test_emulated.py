@@ -231,6 +231,16 @@ def test_ieee_float32(
     contract.test_conv_backward(case, emulated)
 
 
+@each(on_triton([(Case(2, 64, 6, 5, groups=16), F16)], quick=(0,)))
+def test_more_pixels_than_a_second_axis_has_programs(
+    case: Case, emulated: EmulatedTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stood for by a second axis that ends sooner."""
+    monkeypatch.setattr(triton, "_MOST_SECOND", 1)
+    for function in OF_CONVOLUTIONS:
+        function(case, emulated)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @each([*on_cuda(ODD_ON_CUDA, (F16, "A100")), *on_triton(ODD_VALUES, quick=(0, 1))])
 def test_odd_values_stay_in_their_group(case: Case, emulated: EmulatedTarget, value: float) -> None:

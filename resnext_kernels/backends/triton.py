@@ -684,17 +684,21 @@ def _conv_kernel(
     N, SRC_H, SRC_W, H, W, SRC_C, DST_C, K, stride_k, stride_d, stride_tap, stride, dilation,
     DIN: tl.constexpr, DOUT: tl.constexpr, PACK: tl.constexpr, SRC: tl.constexpr,
     DST: tl.constexpr, DST_CHUNKS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
-    PHASES: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    PHASES: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """Any stride and dilation. Programs: (pixels / BLOCK_P * programs of channels, 1, PHASES^2).
+    """Any stride and dilation. Programs: (tiles * DST_CHUNKS / TILES, pixels / BLOCK_P, PHASES^2);
+    FLAT: the first two are one axis, for more pixels than a second one has programs.
 
     dx: a program takes the pixels whose h and w leave the same remainders, its phase, of the
     stride; for them the same taps count.
     """
     DST_D: tl.constexpr = DIN if TRANSPOSED else DOUT
-    programs = tl.cdiv(tl.cdiv(DST_C // DST_D, PACK), TILES) * DST_CHUNKS
-    block = tl.program_id(0) // programs
-    program = tl.program_id(0) % programs
+    program = tl.program_id(0)
+    block = tl.program_id(1)
+    if FLAT:
+        programs = tl.cdiv(tl.cdiv(DST_C // DST_D, PACK), TILES) * DST_CHUNKS
+        block = program // programs
+        program %= programs
     tile = program // DST_CHUNKS * TILES
     first_dst = program % DST_CHUNKS * DST
     dst, dst_ok = _columns(tile, first_dst, DST_C, DST_D, PACK, DST, TILES)
@@ -1462,6 +1466,9 @@ def _input_gradient_kernel(
 # largest GPUs. Not asked of the device, so that the same sums come out on every one.
 _PROGRAMS = 528
 
+# Programs along the second axis of a grid in CUDA, and along the third; the first has 2^31 - 1.
+_MOST_SECOND = 65535
+
 
 def _launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **meta: Any
@@ -1583,7 +1590,10 @@ def _convolve(
         pixels = n * triton.cdiv(h, phases) * triton.cdiv(w, phases)
         chunks = triton.cdiv(config.pack * dst_d, config.dst_width)
         parts = triton.cdiv(pixels, config.block_p)
-        grid = (parts * tiles * chunks, 1, phases * phases)
+        flat = parts > _MOST_SECOND
+        grid = (tiles * chunks, parts, phases * phases)
+        if flat:
+            grid = (tiles * chunks * parts, 1, phases * phases)
     if stats:
         partial = x.new_empty((parts, 4, dst_c), dtype=torch.float32)
     if config.shifts:
@@ -1599,7 +1609,8 @@ def _convolve(
         assert z is None
         tensors = (x, scale, shift, weight, *epilogue, out, partial)
         sizes = (n, src_h, src_w, h, w, src_c, dst_c, k, *strides, stride, dilation)
-        _launch(_conv_kernel, grid, *tensors, *sizes, DST_CHUNKS=chunks, PHASES=phases, **meta)
+        meta |= {"DST_CHUNKS": chunks, "PHASES": phases, "FLAT": flat}
+        _launch(_conv_kernel, grid, *tensors, *sizes, **meta)
     return partial
 
 
@@ -1618,11 +1629,11 @@ def _described(*tensors: Tensor, **arguments: Any) -> dict[str, Any]:
 def _walk(out: Tensor, stride: int, dilation: int, transposed: bool) -> int:
     """Of `_conv_config`. The rows that dx of a stride reads are not one below the other.
 
-    Columns are the second axis of those kernels' grids, which ends at 65535; in others that grow
-    with the pixels these are the first.
+    Columns, 14 or more, are the second axis of those kernels' grids.
     """
     below = dilation == 1 and (stride == 1 or not transposed)
-    return stride if below and triton.cdiv(out.shape[0] * out.shape[3], 14) <= 65535 else 0
+    columns = triton.cdiv(out.shape[0] * out.shape[3], 14)
+    return stride if below and columns <= _MOST_SECOND else 0
 
 
 def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> bool:
