@@ -230,8 +230,8 @@ KERNELS = {
     for dtype in ("f16", "bf16")
     for q in (1, 2, 4, 8)
     for geometry, names in (
-        ("s1", ("forward",)),
-        ("s2", ("forward",)),
+        ("s1", ("eval", "forward")),
+        ("s2", ("eval", "forward")),
         *((g, ("backward",) if q < 8 else ("dx", "dweight")) for g in ("s1", "t2")),
     )
     for name in names

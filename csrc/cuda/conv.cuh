@@ -1,7 +1,8 @@
 // The grouped 3x3 convolution on tensor cores, forward and backward, NHWC, float16 or bfloat16, float32 sums.
 //
-//   forward    out = conv(a), a = in or relu(in_scale * in + in_shift), zero outside the image; then either
-//              y = relu(out_scale * out + out_shift [+ side]) or z = out with the moments of its channels
+//   eval       y = relu(out_scale * conv(a) + out_shift [+ side]), a = in or relu(in_scale * in + in_shift), zero
+//              outside the image
+//   forward    z = conv(a), and the moments of its channels
 //   backward   dz = a * g [+ b * z + c], g = dy where the ReLU passed, else 0
 //              dx = conv(dz) with the weights transposed and turned, dweight[tap] = sum dz shifted by tap * side
 //
@@ -32,12 +33,12 @@
 // Groups that share a product would share its NaN: 0 * Inf. Whatever was stored as NaN is summed again, one by one.
 #pragma once
 
+#include <type_traits>
+
 #include "mma.cuh"
 #include "params.h"
 
 namespace resnext_kernels::cuda {
-
-enum class Pass { forward, backward, dx, dweight };  // backward: dx and dweight from one reading of dz
 
 __device__ __forceinline__ int divide(int x, uint32_t magic) {
   return static_cast<int>(__umulhi(static_cast<uint32_t>(x) << (32 - kMagicShift), magic));
@@ -59,7 +60,7 @@ struct Conv {
   static constexpr int kInRows = kGroupRows + (G == Geometry::s1 ? 2 : 1);  // that one step reads
   static constexpr int kShifts = G == Geometry::t2 ? 2 : 3;                 // of the input column
   static constexpr int kOutputs = kStepRows * kOutStride;                   // pixels per position and step
-  static constexpr bool kForward = P == Pass::forward;
+  static constexpr bool kForward = P == Pass::eval || P == Pass::forward;
   static constexpr bool kHasConv = P != Pass::dweight, kHasDweight = P == Pass::backward || P == Pass::dweight;
   static constexpr int kPairs = Q / 2 > 0 ? Q / 2 : 1;
   // Warps: pairs of output chunks, and for each of them parts of the positions.
@@ -78,9 +79,9 @@ struct Conv {
     uint32_t full[Q > 1 ? 9 : 1][kPairs][2];
   };
   struct Gradient {
-    float pair[Q == 1 ? 2 : 1][3][4];  // [chunk][row of taps]
-    float single[Q == 1 ? 2 : 1][3][2];
-    float full[Q > 1 ? 9 : 1][2][4];  // [tap][input chunk]
+    float pair[Q == 1 ? 2 : 1][3][4];    // [chunk][row of taps]
+    float single[Q == 1 ? 2 : 1][3][4];  // of a product of which nobody wants the other half
+    float full[Q > 1 ? 9 : 1][2][4];     // [tap][input chunk]
   };
   struct Statistics {
     float n, pending;  // values in `of`, and in `sums`
@@ -110,12 +111,10 @@ struct Conv {
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int pair, part;        // output chunks 2 * pair, 2 * pair + 1; part of the positions, or of the input chunks
   const int channel0, chunks;  // of the block
-  int band;                    // first input chunk that the pair reads
   int column0, image0, image_end, out_begin, out_end;  // rows of the output
   uint32_t ring;
   Places<kInPlaces> in_places;
   Places<kOutPlaces> out_places;
-  int first_tile_pixel;  // `tile_pixel` of the warp's first tile
 
   __device__ __forceinline__ explicit Conv(const ConvParams& params, uint32_t shared)
       : p(params),
@@ -124,7 +123,6 @@ struct Conv {
         channel0(blockIdx.x * params.block_chunks * 8),
         chunks(min(params.block_chunks, params.C / 8 - static_cast<int>(blockIdx.x) * params.block_chunks)),
         ring(shared) {
-    band = Q == 1 ? 0 : min(divide(16 * pair, p.group_magic) * p.D / 8, p.slots - Q);
     const int piece = blockIdx.y, walk = divide(piece, p.walk_magic), rest = piece - walk * p.strips * p.segments;
     const int segment = divide(rest, p.strip_magic);
     column0 = (rest - segment * p.strips) * p.units * kUnit;
@@ -136,9 +134,12 @@ struct Conv {
                 kInStride);
     make_places(out_places, p.out_pixels, p.units * kUnit * kOutStride, p.out_magic, kOutStride * column0, p.out_h,
                 p.out_w, kOutStride);
-    first_tile_pixel = tile_pixel(part);
   }
 
+  // First input chunk that the pair reads.
+  __device__ __forceinline__ int band() const {
+    return Q == 1 ? 0 : min(divide(16 * pair, p.group_magic) * p.D / 8, p.slots - Q);
+  }
   __device__ __forceinline__ bool active() const { return 2 * pair < chunks; }
   __device__ __forceinline__ Turn first_turn(int image) const { return {image, out_begin - kStepRows}; }
   __device__ __forceinline__ Turn after(const Turn& turn) const {
@@ -197,7 +198,7 @@ struct Conv {
 #pragma unroll
       for (int k = 0; k < (Q == 1 ? 1 : Q); ++k) {
         // the lane's row and pair of columns; a column of b is an output of the pass
-        const int own = 2 * pair + j, other = Q == 1 ? own : band + k;
+        const int own = 2 * pair + j, other = Q == 1 ? own : band() + k;
         uint32_t value[9];
         taps(value, (kForward ? own : other) * 8 + lane / 4, (kForward ? other : own) * 8 + lane % 4 * 2);
 #pragma unroll
@@ -420,7 +421,7 @@ struct Conv {
 #pragma unroll
       for (int s = 0; s < kShifts; ++s) {
 #pragma unroll
-        for (int k = 0; k < kPairs; ++k) offset[s][k] = place(pixel + s, band + 2 * k + lane / 16, kInStride);
+        for (int k = 0; k < kPairs; ++k) offset[s][k] = place(pixel + s, band() + 2 * k + lane / 16, kInStride);
       }
 #pragma unroll
       for (int i = 0; i < kInRows; ++i) {
@@ -449,7 +450,7 @@ struct Conv {
 
   // dweight: the two input chunks of a warp, and its share of the positions.
   __device__ __forceinline__ int first_in_chunk() const {
-    return Q == 1 ? 2 * pair : band + (Q == 2 ? 0 : 2 * (Q == 4 ? part % 2 : part));
+    return Q == 1 ? 2 * pair : band() + (Q == 2 ? 0 : 2 * (Q == 4 ? part % 2 : part));
   }
   __device__ __forceinline__ int split() const { return Q <= 2 ? part : Q == 4 ? part / 2 : 0; }
 
@@ -467,19 +468,16 @@ struct Conv {
     const int pixel = unit_pixel(2 * tile + lane / 16);
     if constexpr (Q == 1) {
       const uint32_t two_taps = place(pixel + lane / 8 % 2, 2 * pair, kInStride);  // two shifts of 8 channels
-      const uint32_t one_tap = place(tile_pixel(tile) + 2, 2 * pair, kInStride);
+      const uint32_t one_tap = place(pixel + 2, 2 * pair, kInStride);              // twice the same
 #pragma unroll
       for (int i = 0; i < kInRows; ++i) {
         if (!has_input_row(in_row + i)) continue;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {  // the pair's second chunk is 16 bytes off
-          uint32_t a[4], last[2];
+          uint32_t a[4], last[4];
           load_transposed(a, rows.at[i] + (two_taps ^ 16 * j));
-          if constexpr (kShifts == 3) {
-            load_transposed(last, rows.at[i] + (one_tap ^ 16 * j));
-          } else {
-            last[0] = a[0], last[1] = a[2];
-          }
+          if constexpr (kShifts == 3) load_transposed(last, rows.at[i] + (one_tap ^ 16 * j));
+          const uint32_t(&one)[4] = kShifts == 3 ? last : a;
 #pragma unroll
           for (int o = 0; o < kOutputs; ++o) {
             const int y = tap_row(G, i, o / kOutStride);
@@ -488,9 +486,7 @@ struct Conv {
               Mma<T>::k16(gradient.pair[j][y], a[0], a[1], a[2], a[3], b[o][2 * j], b[o][2 * j + 1]);
             }
             if (kOutStride == 1 || o % 2 == 0) {
-              float d[4] = {gradient.single[j][y][0], gradient.single[j][y][1], 0.f, 0.f};
-              Mma<T>::k16(d, last[0], 0, last[1], 0, b[o][2 * j], b[o][2 * j + 1]);
-              gradient.single[j][y][0] = d[0], gradient.single[j][y][1] = d[1];
+              Mma<T>::k16(gradient.single[j][y], one[0], one[1], one[2], one[3], b[o][2 * j], b[o][2 * j + 1]);
             }
           }
         }
@@ -525,12 +521,10 @@ struct Conv {
   struct Epilogue {
     float scale[2][2], shift[2][2];  // [chunk][column]
   };
-  // A pass has the one or the other: they share their registers.
-  union Columns {
-    Statistics statistics;
-    Epilogue epilogue;
-    __device__ __forceinline__ Columns() : statistics{} {}
-  };
+  struct Nothing {};
+  // What a pass keeps of the output's channels.
+  using Columns =
+      std::conditional_t<P == Pass::eval, Epilogue, std::conditional_t<P == Pass::forward, Statistics, Nothing>>;
 
   // Bit 2 * i + h: whether the lane's position of half h of the warp's tile i is one to count.
   __device__ __forceinline__ uint32_t counted(int images) const {
@@ -548,19 +542,10 @@ struct Conv {
   // `inside`: bit h, whether to count the positions of half h.
   __device__ __forceinline__ void finish(const float (&sum)[kOutputs][2][4], Columns& columns, uint32_t inside,
                                          uint32_t out, int out_row, int tile) const {
-    if constexpr (kForward) {
-      if (p.stats) count(sum, columns.statistics, inside, out_row);
+    if constexpr (P == Pass::forward) {
+      if (p.stats) count(sum, columns, inside, out_row);
     }
     out += 16 * tile * kOutStride * kPixelBytes;
-    if (kForward && p.out_scale) {
-      store_results<true>(sum, columns.epilogue, out);
-    } else {
-      store_results<false>(sum, columns.epilogue, out);
-    }
-  }
-  template <bool kAffine>
-  __device__ __forceinline__ void store_results(const float (&sum)[kOutputs][2][4], const Epilogue& epilogue,
-                                                uint32_t out) const {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -570,17 +555,17 @@ struct Conv {
         for (int r = 0; r < kStepRows; ++r) {
           const float(&total)[4] = sum[r * kOutStride + c][j];
           const uint32_t row = to + r * p.out_pixels * kPixelBytes;
-          store_result<kAffine, 0>(row, total[0], total[1], epilogue, j);
-          store_result<kAffine, kUnit * kOutStride * kPixelBytes>(row, total[2], total[3], epilogue, j);
+          store_result<0>(row, total[0], total[1], columns, j);
+          store_result<kUnit * kOutStride * kPixelBytes>(row, total[2], total[3], columns, j);
         }
       }
     }
   }
-  template <bool kAffine, int kOffset>
-  __device__ __forceinline__ void store_result(uint32_t at, float v0, float v1, const Epilogue& epilogue, int j) const {
-    if constexpr (kAffine) {
-      v0 = v0 * epilogue.scale[j][0] + epilogue.shift[j][0];
-      v1 = v1 * epilogue.scale[j][1] + epilogue.shift[j][1];
+  template <int kOffset>
+  __device__ __forceinline__ void store_result(uint32_t at, float v0, float v1, const Columns& columns, int j) const {
+    if constexpr (P == Pass::eval) {
+      v0 = v0 * columns.scale[j][0] + columns.shift[j][0];
+      v1 = v1 * columns.scale[j][1] + columns.shift[j][1];
       if (p.side) {
         const float2 residual = unpack<T>(load_shared_word<kOffset>(at));
         v0 += residual.x, v1 += residual.y;
@@ -820,12 +805,10 @@ struct Conv {
         sum += exact_input(n, y, x, group + i) * element(p.weight, (pair * 9 + tap) * 2);
       }
     }
-    if constexpr (kForward) {
-      if (p.out_scale) {
-        sum = sum * p.out_scale[channel] + p.out_shift[channel];
-        if (p.side) sum += element(p.side, output_at(n, row, column, channel));
-        sum = relu(sum);
-      }
+    if constexpr (P == Pass::eval) {
+      sum = sum * p.out_scale[channel] + p.out_shift[channel];
+      if (p.side) sum += element(p.side, output_at(n, row, column, channel));
+      sum = relu(sum);
     }
     return sum;
   }
@@ -876,22 +859,22 @@ struct Conv {
   __device__ __forceinline__ void run() {
     Weights weights[2];
     Gradient gradient{};
-    Columns columns;
+    Columns columns{};
     uint32_t odd = 0;
     const bool convolves = kHasConv && p.out;
     if constexpr (kHasConv) {
       if (convolves) load_weights(weights);
     }
-    if constexpr (kForward) {
-      if (p.out_scale && active()) {
+    if constexpr (P == Pass::eval) {
+      if (active()) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           if (2 * pair + j >= chunks) break;
           const int channel = channel0 + (2 * pair + j) * 8 + lane % 4 * 2;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            columns.epilogue.scale[j][e] = __ldg(p.out_scale + channel + e);
-            columns.epilogue.shift[j][e] = __ldg(p.out_shift + channel + e);
+            columns.scale[j][e] = __ldg(p.out_scale + channel + e);
+            columns.shift[j][e] = __ldg(p.out_shift + channel + e);
           }
         }
       }
@@ -911,7 +894,7 @@ struct Conv {
       const uint32_t next_side = 2 * (ring + p.side_offset) + p.side_bytes - side;
       if (!completes_step(turn)) {
         present = images(turn);
-        if (kForward && p.stats) inside = counted(present);
+        if (P == Pass::forward && p.stats) inside = counted(present);
       }
       wait_copies();
       transform_input(now, turn, present);
@@ -922,7 +905,7 @@ struct Conv {
         if (p.side && completes_step(next_turn)) fetch_side(next_side, next_turn);
       }
       if (completes_step(turn)) {
-        const uint32_t out = kForward && p.side ? side : ring + p.out_offset;
+        const uint32_t out = P == Pass::eval && p.side ? side : ring + p.out_offset;
         if (active()) {
           const Rows rows = input_rows(before, now);
           const int in_row = turn.in_row() - kGroupRows, units = present * p.units;
@@ -933,11 +916,11 @@ struct Conv {
                 const int tile = part + kParts * i;
                 if (2 * tile >= units) break;
                 float sum[kOutputs][2][4] = {};
-                convolve(sum, weights, rows, in_row, i == 0 ? first_tile_pixel : tile_pixel(tile));
+                convolve(sum, weights, rows, in_row, tile_pixel(tile));
                 finish(sum, columns, inside >> 2 * i, out, turn.out_row, tile);
               }
-              if constexpr (kForward) {
-                if (p.stats) take_sums(columns.statistics, 32.f);
+              if constexpr (P == Pass::forward) {
+                if (p.stats) take_sums(columns, 32.f);
               }
             }
           }
@@ -960,15 +943,15 @@ struct Conv {
     if constexpr (kHasConv) {
       if (__syncthreads_or(odd != 0)) {
         repair();
-        if constexpr (kForward) {
-          if (p.stats && active()) columns.statistics = statistics_of_output();
+        if constexpr (P == Pass::forward) {
+          if (p.stats && active()) columns = statistics_of_output();
         }
       }
     }
-    if constexpr (kForward) {
+    if constexpr (P == Pass::forward) {
       if (p.stats) {
-        take_sums(columns.statistics, 1.f);
-        store_statistics(columns.statistics);
+        take_sums(columns, 1.f);
+        store_statistics(columns);
       }
     }
     if constexpr (kHasDweight) {
@@ -983,15 +966,12 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
   Conv<T, Q, G, P>(p, shared_address(shared)).run();
 }
 
-// Blocks that have to fit on a multiprocessor: bounds the registers to 128 or 255 a thread.
-constexpr int min_blocks(int q, Pass pass) { return pass == Pass::forward && q <= 2 ? 2 : 1; }
-
 }  // namespace resnext_kernels::cuda
 
 // One kernel, visible under its plain name; plan.cpp composes the same names.
 #define RK_DEFINE_CONV(T, DTYPE, GEOMETRY, Q, PASS)                                                                  \
   extern "C" __global__ void __launch_bounds__(                                                                      \
-      resnext_kernels::cuda::kThreads, resnext_kernels::cuda::min_blocks(Q, resnext_kernels::cuda::Pass::PASS))      \
+      resnext_kernels::cuda::kThreads, resnext_kernels::cuda::resident_blocks(Q, resnext_kernels::cuda::Pass::PASS)) \
       conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS(const __grid_constant__ resnext_kernels::cuda::ConvParams p) {       \
     resnext_kernels::cuda::conv<T, Q, resnext_kernels::cuda::Geometry::GEOMETRY, resnext_kernels::cuda::Pass::PASS>( \
         p);                                                                                                          \

@@ -3,13 +3,21 @@
 
 // X(T, DTYPE, GEOMETRY, Q, PASS) for conv_DTYPE_GEOMETRY_qQ_PASS
 #define RK_CONV_KERNELS(X, T, DTYPE) \
+  X(T, DTYPE, s1, 1, eval)           \
   X(T, DTYPE, s1, 1, forward)        \
+  X(T, DTYPE, s1, 2, eval)           \
   X(T, DTYPE, s1, 2, forward)        \
+  X(T, DTYPE, s1, 4, eval)           \
   X(T, DTYPE, s1, 4, forward)        \
+  X(T, DTYPE, s1, 8, eval)           \
   X(T, DTYPE, s1, 8, forward)        \
+  X(T, DTYPE, s2, 1, eval)           \
   X(T, DTYPE, s2, 1, forward)        \
+  X(T, DTYPE, s2, 2, eval)           \
   X(T, DTYPE, s2, 2, forward)        \
+  X(T, DTYPE, s2, 4, eval)           \
   X(T, DTYPE, s2, 4, forward)        \
+  X(T, DTYPE, s2, 8, eval)           \
   X(T, DTYPE, s2, 8, forward)        \
   X(T, DTYPE, s1, 1, backward)       \
   X(T, DTYPE, s1, 2, backward)       \

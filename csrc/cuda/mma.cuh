@@ -65,12 +65,6 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t from)
                : "r"(from)
                : "memory");
 }
-__device__ __forceinline__ void load_transposed(uint32_t (&r)[2], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(from)
-               : "memory");
-}
 
 __device__ __forceinline__ uint32_t transposed(uint32_t matrix) {
   uint32_t v;

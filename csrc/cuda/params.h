@@ -12,6 +12,12 @@ namespace resnext_kernels::cuda {
 enum class Geometry : int { s1, s2, t2 };
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+enum class Pass : int { eval, forward, backward, dx, dweight };  // backward: dx and dweight from one reading of dz
+
+// Blocks of a pass that share a multiprocessor, so that one computes while the other waits: as many as their registers
+// let in, 128 a thread or 255.
+constexpr int resident_blocks(int q, Pass pass) { return pass <= Pass::forward && q <= 2 ? 2 : 1; }
 constexpr int kUnit = 8;  // pixels of one ldmatrix matrix
 constexpr int kRing = 3;  // groups of input rows in shared memory: two in use, one in flight
 

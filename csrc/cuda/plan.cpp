@@ -91,7 +91,8 @@ int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, boo
 }
 
 // Divides the map into strips of columns, and images into walks, so that the blocks fill the device evenly.
-Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Device& device, int blocks_per_sm) {
+Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
+  const bool forward = pass <= Pass::forward, dweight_only = pass == Pass::dweight;
   Tiling t{};
   const int positions = g == Geometry::t2 ? p.in_w : p.out_w;
   p.block_chunks = block_chunks(p.D);
@@ -101,7 +102,8 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   p.steps = ceil_div(p.out_h, out_rows);
 
   const int units = ceil_div(positions, kUnit), most = most_units(g);
-  const int soft_limit = std::min(device.shared_bytes, blocks_per_sm == 2 ? 80 * 1024 : 160 * 1024);
+  const int resident = resident_blocks(p.band, pass), places = resident * device.multiprocessors;
+  const int soft_limit = std::min(device.shared_bytes, resident == 2 ? 80 * 1024 : 160 * 1024);
   const auto lay_out = [&](int width, int streams) {  // whether it fits
     p.units = width;
     p.streams = streams;
@@ -120,7 +122,8 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   t.pair_blocks = dweight_only && p.band == 8 ? (p.block_chunks > 4 ? 2 : 1) : 1;
 
   // Time in bytes a multiprocessor moves: full rounds of blocks, each of set-up (weights) and turns; and the partial
-  // dweight of every part, written and read again.
+  // dweight of every part, written and read again. Blocks that share a multiprocessor hardly slow each other down: most
+  // of a block's time is waiting.
   const double setup_bytes = 2.0 * p.block_chunks * 8 * p.D * 18;
   const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
   double best = -1;
@@ -139,10 +142,10 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
       if (ceil_div(p.steps, segment_steps) != segments) continue;
       const int64_t per_walk = static_cast<int64_t>(t.channel_blocks) * t.pair_blocks * p.strips * segments;
       for (int rounds = 1; rounds <= 8; ++rounds) {
-        const int64_t wanted = std::max<int64_t>(1, rounds * int64_t{device.multiprocessors} / per_walk);
+        const int64_t wanted = std::max<int64_t>(1, rounds * int64_t{places} / per_walk);
         const int walk = ceil_div<int64_t>(image_groups, std::min<int64_t>(wanted, image_groups));
         const int walks = ceil_div(image_groups, walk);
-        const double full_rounds = ceil_div<int64_t>(per_walk * walks, device.multiprocessors);
+        const double full_rounds = ceil_div<int64_t>(per_walk * walks, places);
         const double parts = static_cast<double>(p.strips) * segments * walks;
         const double time = full_rounds * (setup_bytes + walk * (segment_steps + 1) * turn_bytes) +
                             (parts > 1 ? parts * partial_bytes / device.multiprocessors : 0);
@@ -168,9 +171,15 @@ Tiling tile(ConvParams p, Geometry g, bool forward, bool dweight_only, const Dev
   return t;
 }
 
-Launch conv_launch(DType dtype, const Tiling& t, Geometry g, const char* pass) {
+std::string name_of(Pass pass) {
+  static const char* const names[] = {"eval", "forward", "backward", "dx", "dweight"};
+  return names[static_cast<int>(pass)];
+}
+
+Launch conv_launch(DType dtype, const Tiling& t, Geometry g, Pass pass) {
   const char* geometry = g == Geometry::s1 ? "s1" : g == Geometry::s2 ? "s2" : "t2";
-  std::string kernel = "conv_" + name_of(dtype) + "_" + geometry + "_q" + std::to_string(t.params.band) + "_" + pass;
+  std::string kernel =
+      "conv_" + name_of(dtype) + "_" + geometry + "_q" + std::to_string(t.params.band) + "_" + name_of(pass);
   return launch(std::move(kernel), {t.channel_blocks, static_cast<unsigned>(t.parts()), t.pair_blocks}, kThreads,
                 t.shared_bytes, t.params);
 }
@@ -191,10 +200,10 @@ ConvParams forward_params(const ConvProblem& problem, const void* x, const void*
 
 Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvParams& params, float* mean, float* var) {
   const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::s2;
-  const int blocks_per_sm = band(params.D, block_chunks(params.D)) <= 2 ? 2 : 1;
-  const Tiling t = tile(params, g, true, false, device, blocks_per_sm);
+  const Pass pass = params.out_scale ? Pass::eval : Pass::forward;
+  const Tiling t = tile(params, g, pass, device);
   Plan plan;
-  plan.launches.push_back(conv_launch(problem.dtype, t, g, "forward"));
+  plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
   if (mean) {
     plan.workspace_floats = int64_t{4} * t.parts() * problem.C;
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
@@ -253,11 +262,11 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
   p.in_h = problem.out_h(), p.in_w = problem.out_w(), p.out_h = problem.H, p.out_w = problem.W;
 
   Plan plan;
-  const auto add = [&](const char* pass, bool wants_dx, bool wants_dweight) {
+  const auto add = [&](Pass pass, bool wants_dx, bool wants_dweight) {
     ConvParams q = p;
     q.out = wants_dx ? dx : nullptr;
     if (wants_dweight) q.side = x, q.side_scale = prologue.scale, q.side_shift = prologue.shift, q.dweight = dweight;
-    Tiling t = tile(q, g, false, std::strcmp(pass, "dweight") == 0, device, 1);
+    Tiling t = tile(q, g, pass, device);
     const bool reduces = wants_dweight && t.parts() > 1;
     if (reduces) t.params.dweight = nullptr;
     plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
@@ -271,10 +280,10 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
                                    reduce, offsetof(ReduceParams, partial)));
   };
   if (band(p.D, block_chunks(p.D)) < 8) {
-    if (dx || dweight) add("backward", dx != nullptr, dweight != nullptr);
+    if (dx || dweight) add(Pass::backward, dx != nullptr, dweight != nullptr);
   } else {  // too many weights and sums for one kernel's registers
-    if (dx) add("dx", true, false);
-    if (dweight) add("dweight", false, true);
+    if (dx) add(Pass::dx, true, false);
+    if (dweight) add(Pass::dweight, false, true);
   }
   return plan;
 }
