@@ -101,7 +101,7 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
   p.slots = std::min(slots(p.band), std::max((p.block_chunks + 1) / 2 * 2, p.band));
   p.steps = ceil_div(p.out_h, out_rows);
 
-  const int units = ceil_div(positions, kUnit), most = most_units(g);
+  const int units = ceil_div(positions, kUnit), most = most_units(g, p.band);
   const int resident = resident_blocks(p.band, pass), places = resident * device.multiprocessors;
   const int soft_limit = std::min(device.shared_bytes, resident == 2 ? 80 * 1024 : 160 * 1024);
   const auto lay_out = [&](int width, int streams) {  // whether it fits
