@@ -81,6 +81,12 @@ struct ConvParams {
 
 constexpr int kMagicShift = 31;
 
+// Blocks of a pass over a matrix that a multiprocessor's registers hold; the grid has no more, so that all are at work
+// at once.
+namespace blocks_held {
+constexpr int normalize_relu = 3, bn_relu_dz = 2, bn_relu_sums = 3, moments = 3;
+}
+
 // A pass over z as an (M, C) matrix; a block takes 64 channels and every `parts`-th run of 32 rows.
 struct PointwiseParams {
   const void* dy;
@@ -95,7 +101,11 @@ struct PointwiseParams {
   float* partial;  // sums: (parts, 2, C), statistics: (parts, 4, C)
   int64_t M;
   int32_t C, parts;
+  int32_t rows;  // of a thread, at most: some have one less
 };
+
+constexpr int kReduceColumns = 8;  // of a block of a second stage
+constexpr int kReduceParts = 4;    // that a thread of one loads at once
 
 // Second stage of a reduction, in a fixed order.
 struct ReduceParams {

@@ -29,8 +29,12 @@ Launch launch(std::string kernel, std::array<unsigned, 3> grid, unsigned block, 
   return made;
 }
 
-// Threads of a second stage: 32 columns, each the work of so many that they have a few parts to add.
-unsigned reduce_threads(int parts) { return 32 * std::min(32, std::max(4, parts / 4)); }
+// The second stage of a reduction of `parts` over so many columns.
+Launch reduce_launch(std::string kernel, int64_t columns, const ReduceParams& params) {
+  const int warps = ceil_div(params.parts, kReduceParts * 32 / kReduceColumns);
+  return launch(std::move(kernel), {static_cast<unsigned>(ceil_div<int64_t>(columns, kReduceColumns)), 1, 1},
+                32 * std::min(warps, 32), 0, params, offsetof(ReduceParams, partial));
+}
 
 // ---- channels of a block ---------------------------------------------------------------------------------------
 
@@ -199,8 +203,7 @@ Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvPa
     plan.workspace_floats = int64_t{4} * t.parts() * problem.C;
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
     const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
-    plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1},
-                                   reduce_threads(t.parts()), 0, reduce, offsetof(ReduceParams, partial)));
+    plan.launches.push_back(reduce_launch("finish_moments", problem.C, reduce));
   }
   return plan;
 }
@@ -266,9 +269,7 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
     plan.workspace_floats = size * t.parts();
     plan.launches.back().workspace_at = offsetof(ConvParams, dweight_partial);
     const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts()};
-    plan.launches.push_back(launch("add_dweight_" + name_of(problem.dtype),
-                                   {static_cast<unsigned>(ceil_div<int64_t>(size, 4 * kThreads)), 1, 1}, kThreads, 0,
-                                   reduce, offsetof(ReduceParams, partial)));
+    plan.launches.push_back(reduce_launch("add_dweight_" + name_of(problem.dtype), ceil_div<int64_t>(size, 4), reduce));
   };
   if (band(p.D, block_chunks(p.D)) < 8) {
     if (dx || dweight) add("backward", dx != nullptr, dweight != nullptr);
@@ -281,17 +282,18 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
 
 namespace {
 
-PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device& device) {
+// blocks_held: of the kernel on a multiprocessor
+PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device& device, int blocks_held) {
   if (C % 8) throw std::invalid_argument("channels must be a multiple of 8, not " + std::to_string(C));
   PointwiseParams p{};
   p.dy = g.dy, p.z = g.z, p.y = g.y;
   p.scale = g.affine.scale, p.shift = g.affine.shift;
   p.a = g.a, p.b = g.b, p.c = g.c;
   p.M = M, p.C = static_cast<int32_t>(C);
-  // four blocks of 256 threads for every multiprocessor, unless there are fewer rows
-  const int64_t columns = ceil_div<int64_t>(C, 64);
-  const int64_t most = ceil_div<int64_t>(M, kThreads / kMostSlots);
-  p.parts = static_cast<int32_t>(std::min(most, std::max<int64_t>(1, 4 * device.multiprocessors / columns)));
+  const int64_t columns = ceil_div<int64_t>(C, 64), runs = ceil_div<int64_t>(M, kThreads / kMostSlots);
+  const int64_t blocks = int64_t{blocks_held} * device.multiprocessors;
+  p.parts = static_cast<int32_t>(std::max<int64_t>(1, std::min(runs, blocks / columns)));
+  p.rows = static_cast<int32_t>(ceil_div<int64_t>(runs, p.parts));
   return p;
 }
 std::array<unsigned, 3> pointwise_grid(const PointwiseParams& p) {
@@ -303,14 +305,13 @@ std::array<unsigned, 3> pointwise_grid(const PointwiseParams& p) {
 Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, const void* z, float* mean, float* var) {
   Gradient g;
   g.z = z;
-  const PointwiseParams p = pointwise(M, C, g, device);
+  const PointwiseParams p = pointwise(M, C, g, device, blocks_held::moments);
   Plan plan;
   plan.workspace_floats = 4 * C * p.parts;
   plan.launches.push_back(
       launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, mean, var, C, p.parts};
-  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1},
-                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(reduce_launch("finish_moments", C, reduce));
   return plan;
 }
 
@@ -318,7 +319,7 @@ Plan plan_normalize_relu(DType dtype, int64_t M, int64_t C, const Device& device
                          const void* residual, Affine residual_affine, void* y) {
   Gradient g;
   g.z = z, g.affine = affine;
-  PointwiseParams p = pointwise(M, C, g, device);
+  PointwiseParams p = pointwise(M, C, g, device, blocks_held::normalize_relu);
   p.residual = residual, p.res_scale = residual_affine.scale, p.res_shift = residual_affine.shift;
   p.out = y;
   Plan plan;
@@ -328,21 +329,20 @@ Plan plan_normalize_relu(DType dtype, int64_t M, int64_t C, const Device& device
 
 Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
                            const float* mean, const float* rstd, float* sum_g, float* sum_g_xhat) {
-  PointwiseParams p = pointwise(M, C, gradient, device);
+  PointwiseParams p = pointwise(M, C, gradient, device, blocks_held::bn_relu_sums);
   p.mean = mean, p.rstd = rstd;
   Plan plan;
   plan.workspace_floats = 2 * C * p.parts;
   plan.launches.push_back(
       launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, sum_g, sum_g_xhat, C, p.parts};
-  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1},
-                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(reduce_launch("add_sums", 2 * C, reduce));
   return plan;
 }
 
 Plan plan_bn_relu_input_gradient(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
                                  void* dz) {
-  PointwiseParams p = pointwise(M, C, gradient, device);
+  PointwiseParams p = pointwise(M, C, gradient, device, blocks_held::bn_relu_dz);
   p.out = dz;
   Plan plan;
   plan.launches.push_back(launch("bn_relu_dz_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p));
