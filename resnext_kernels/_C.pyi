@@ -312,3 +312,14 @@ def cuda_plan_bn_relu_input_gradient(
     dz: int,
     /,
 ) -> CudaPlan: ...
+
+# A BatchNorm: C, gamma, beta, mean, var, eps
+def cuda_plan_bn_affine(
+    bns: list[tuple[tuple[int, int, int, int, int, float], int]], /
+) -> CudaPlan: ...
+def cuda_plan_bn_vectors(
+    bn: tuple[int, int, int, int, int, float], unbias: float, vectors: int, /
+) -> CudaPlan: ...
+def cuda_plan_bn_gradient_vectors(
+    C: int, sum_g: int, sum_g_xhat: int, vectors: int, count: float, b_and_c: int, /
+) -> CudaPlan: ...

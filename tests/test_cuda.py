@@ -10,17 +10,20 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import Case
 from test_emulated import SERVED, WIDE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.emulator import DEVICES
 from bench.modelled import LAYERS
+from resnext_kernels import backends, functional, ops
 from resnext_kernels.backends import cuda, reference
 from resnext_kernels.problem import ConvProblem
 
@@ -99,6 +102,73 @@ def test_a_pass_over_a_matrix_is_one_wave(rows: int, channels: int) -> None:
         x, y, _ = plan.launches[0].grid
         assert x == columns
         assert y == max(1, min(-(-rows // 32), held * multiprocessors // columns))
+
+
+class Recorder(TorchDispatchMode):
+    """The names of kernels that are launched: ours, and what ATen does beside views and memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+
+    def run(self, plan: _C.CudaPlan, on: torch.Tensor) -> None:
+        """`backends.cuda._run`, without a GPU."""
+        self.launched += [launch.kernel for launch in plan.launches]
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not function.is_view and "empty" not in function.name():
+            self.launched.append(function.name())
+        return function(*args, **kwargs or {})
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Inside it, operators on CPU tensors go to the CUDA backend, which launches nothing."""
+    recorder = Recorder()
+    backends._select.cache_clear()
+    monkeypatch.setattr(ops, "_is_ordinary", lambda _: True)  # not as one opaque call
+    monkeypatch.setattr(cuda, "why_not", cuda._why_not_served)
+    monkeypatch.setattr(cuda, "_device", lambda _: device_of("A100"))
+    monkeypatch.setattr(cuda, "_run", recorder.run)
+    yield recorder
+    backends._select.cache_clear()
+
+
+CONV = "conv_f16_s1_q1"
+OF_A_FORWARD = [f"{CONV}_forward", "finish_moments", "bn_vectors", "normalize_relu_f16"]
+OF_A_BACKWARD = ["bn_relu_sums_f16", "add_sums", "bn_gradient_vectors"]
+OF_A_BACKWARD += [f"{CONV}_backward", "add_dweight_f16"]
+
+
+def operation(recorder: Recorder, *, training: bool, prologue: bool) -> list[str]:
+    """What an operation and, in training, its gradients launch."""
+    x, dy = (
+        torch.zeros(8, 64, 9, 9, dtype=F16).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight = torch.zeros(64, 4, 3, 3, dtype=F16)
+    gamma, beta, mean, var = (torch.ones(64) for _ in range(4))
+    leaves = [t.requires_grad_(training) for t in (x, weight, gamma, beta)]
+    bn = functional.BatchNormState(gamma, beta, mean, var, training)
+    in_bn = bn if prologue else None
+    with recorder:
+        y = functional.conv_bn_relu(x, weight, bn, input_bn=in_bn, groups=16, backend="cuda")
+        if training:
+            torch.autograd.grad(y, leaves, dy)
+    return recorder.launched
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+def test_launches_of_an_operation_in_evaluation(recorder: Recorder, prologue: bool) -> None:
+    launched = operation(recorder, training=False, prologue=prologue)
+    assert launched == ["bn_vectors", f"{CONV}_forward"]
+
+
+def test_launches_of_an_operation_in_training(recorder: Recorder) -> None:
+    launched = operation(recorder, training=True, prologue=False)
+    assert launched == [*OF_A_FORWARD, "aten::_foreach_lerp_.Scalar", *OF_A_BACKWARD]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +330,7 @@ POINTWISE = {
     for name in ("normalize_relu", "bn_relu_dz", "bn_relu_sums", "moments", "add_dweight")
     for dtype in ("f16", "bf16")
 }
-KERNELS |= POINTWISE | {"add_sums", "finish_moments"}
+KERNELS |= POINTWISE | {"add_sums", "finish_moments", "bn_vectors", "bn_gradient_vectors"}
 
 
 def cuobjdump(*args: str) -> str:

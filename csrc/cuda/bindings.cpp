@@ -19,6 +19,12 @@ void* out(Pointer p) { return reinterpret_cast<void*>(p); }
 const float* vec(Pointer p) { return reinterpret_cast<const float*>(p); }
 float* out_vec(Pointer p) { return reinterpret_cast<float*>(p); }
 Affine affine(Pointer scale, Pointer shift) { return {vec(scale), vec(shift)}; }
+// C, gamma, beta, mean, var, eps
+using BatchNormPointers = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, float>;
+BatchNorm batch_norm(const BatchNormPointers& bn) {
+  const auto& [C, gamma, beta, mean, var, eps] = bn;
+  return {C, vec(gamma), vec(beta), vec(mean), vec(var), eps};
+}
 
 }  // namespace
 
@@ -83,6 +89,18 @@ void bind(py::module_& m) {
            Pointer y, Pointer a, Pointer b, Pointer c, Pointer dz) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
           return plan_bn_relu_input_gradient(static_cast<DType>(dtype), M, C, device, gradient, out(dz));
+        });
+  m.def("cuda_plan_bn_affine", [](const std::vector<std::pair<BatchNormPointers, Pointer>>& bns) {
+    std::vector<std::pair<BatchNorm, float*>> found;
+    for (const auto& [bn, affine] : bns) found.emplace_back(batch_norm(bn), out_vec(affine));
+    return plan_bn_affine(found);
+  });
+  m.def("cuda_plan_bn_vectors", [](const BatchNormPointers& bn, float unbias, Pointer vectors) {
+    return plan_bn_vectors(batch_norm(bn), unbias, out_vec(vectors));
+  });
+  m.def("cuda_plan_bn_gradient_vectors",
+        [](int64_t C, Pointer sum_g, Pointer sum_g_xhat, Pointer vectors, float count, Pointer b_and_c) {
+          return plan_bn_gradient_vectors(C, vec(sum_g), vec(sum_g_xhat), vec(vectors), count, out_vec(b_and_c));
         });
 
   m.def(

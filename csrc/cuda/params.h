@@ -116,4 +116,27 @@ struct ReduceParams {
   int32_t parts;
 };
 
+// What is made of one BatchNorm.
+struct BatchNormParams {
+  const float *gamma, *beta;  // null: 1 and 0
+  const float *mean, *var;
+  float eps, unbias;
+  float* statistics;  // (3, C): mean, unbias * var, rstd; null: not needed
+  float* affine;      // (2, C): scale, shift
+  int32_t C;
+};
+
+// Of one or two of them: blockIdx.y.
+struct VectorsParams {
+  BatchNormParams of[2];
+};
+
+struct GradientVectorsParams {
+  const float *sum_g, *sum_g_xhat;
+  const float* vectors;  // (5, C): mean, unbiased variance, rstd, scale, shift
+  float* out;            // (2, C): b, c
+  float count;
+  int32_t C;
+};
+
 }  // namespace resnext_kernels::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 
@@ -347,6 +348,45 @@ Plan plan_bn_relu_input_gradient(DType dtype, int64_t M, int64_t C, const Device
   Plan plan;
   plan.launches.push_back(launch("bn_relu_dz_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p));
   return plan;
+}
+
+namespace {
+
+BatchNormParams batch_norm_params(const BatchNorm& bn, float* affine) {
+  return {bn.gamma, bn.beta, bn.mean, bn.var, bn.eps, 1.f, nullptr, affine, static_cast<int32_t>(bn.C)};
+}
+
+template <class Params>
+Plan vectors_plan(const char* kernel, int64_t C, unsigned bns, const Params& params) {
+  Plan plan;
+  plan.launches.push_back(
+      launch(kernel, {static_cast<unsigned>(ceil_div<int64_t>(C, kThreads)), bns, 1}, kThreads, 0, params));
+  return plan;
+}
+
+}  // namespace
+
+Plan plan_bn_affine(const std::vector<std::pair<BatchNorm, float*>>& bns) {
+  VectorsParams params{};
+  if (bns.size() > std::size(params.of)) throw std::invalid_argument("two BatchNorms at most");
+  int64_t C = 0;
+  for (size_t i = 0; i < bns.size(); ++i) {
+    params.of[i] = batch_norm_params(bns[i].first, bns[i].second);
+    C = std::max(C, bns[i].first.C);
+  }
+  return vectors_plan("bn_vectors", C, static_cast<unsigned>(bns.size()), params);
+}
+
+Plan plan_bn_vectors(const BatchNorm& bn, float unbias, float* vectors) {
+  VectorsParams params{{batch_norm_params(bn, vectors + 3 * bn.C)}};
+  params.of[0].unbias = unbias, params.of[0].statistics = vectors;
+  return vectors_plan("bn_vectors", bn.C, 1, params);
+}
+
+Plan plan_bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
+                              float* b_and_c) {
+  const GradientVectorsParams params{sum_g, sum_g_xhat, vectors, b_and_c, count, static_cast<int32_t>(C)};
+  return vectors_plan("bn_gradient_vectors", C, 1, params);
 }
 
 }  // namespace resnext_kernels::cuda

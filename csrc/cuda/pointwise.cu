@@ -1,12 +1,15 @@
-// BatchNorm and ReLU without a convolution, on z as an (M, C) matrix, and the second stage of every reduction.
+// BatchNorm and ReLU without a convolution, on z as an (M, C) matrix, the second stage of every reduction, and
+// BatchNorm's vectors.
 //
 //   normalize_relu       out = relu(scale * z + shift [+ residual | + res_scale * residual + res_shift])
 //   bn_relu_dz           out = a * g [+ b * z + c],  g = dy where the ReLU passed, else 0
 //   bn_relu_sums         partial = sum of g, sum of g * (z - mean) * rstd
 //   moments              partial = count and Moments of z
+//   bn_vectors           mean, unbias * var, rstd = 1 / sqrt(var + eps), scale = gamma * rstd, beta - mean * scale
+//   bn_gradient_vectors  b, c of scale * (g - sum_g / M - xhat * sum_g_xhat / M) = scale * g + b * z + c
 //
-// A block takes 64 channels (128 bytes of a row, 16 a thread) and every gridDim.y-th run of 32 rows; a thread keeps its
-// eight channels and loads some rows before it uses the first: as many as its registers hold.
+// A block of the first four takes 64 channels (128 bytes of a row, 16 a thread) and every gridDim.y-th run of 32 rows;
+// a thread keeps its eight channels and loads some rows before it uses the first: as many as its registers hold.
 // Reductions: a thread's rows, the four threads of a channel in a warp, the warps, then add_* and finish_moments over
 // the blocks; always in the same order, without atomics.
 #include "kernels.h"
@@ -365,4 +368,26 @@ extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_f16(const __gr
 }
 extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_bf16(const __grid_constant__ ReduceParams p) {
   add_dweight<__nv_bfloat16>(p);
+}
+
+// ---- Vectors: a thread a channel ------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(kThreads) bn_vectors(const __grid_constant__ VectorsParams p) {
+  const BatchNormParams& bn = p.of[blockIdx.y];
+  const int c = blockIdx.x * kThreads + threadIdx.x;
+  if (c >= bn.C) return;
+  const float mean = bn.mean[c], var = bn.var[c], rstd = 1.f / sqrtf(var + bn.eps);
+  const float scale = bn.gamma ? bn.gamma[c] * rstd : rstd, shift = (bn.beta ? bn.beta[c] : 0.f) - mean * scale;
+  bn.affine[c] = scale, bn.affine[bn.C + c] = shift;
+  if (!bn.statistics) return;
+  bn.statistics[c] = mean, bn.statistics[bn.C + c] = bn.unbias * var, bn.statistics[2 * bn.C + c] = rstd;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    bn_gradient_vectors(const __grid_constant__ GradientVectorsParams p) {
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= p.C) return;
+  const float mean = p.vectors[i], rstd = p.vectors[2 * p.C + i], scale = p.vectors[3 * p.C + i];
+  const float sum_g = p.sum_g[i], of_mean = -scale / p.count, b = of_mean * rstd * p.sum_g_xhat[i];
+  p.out[i] = b, p.out[p.C + i] = of_mean * sum_g - b * mean;
 }

@@ -17,10 +17,8 @@ from ..problem import ConvProblem, in_format_of
 from . import reference
 from .reference import (  # noqa: F401
     Affine,
+    BatchNorm,
     BNGradient,
-    bn_affine,
-    bn_gradient_vectors,
-    bn_vectors,
     conv1x1,
     conv1x1_backward,
 )
@@ -128,6 +126,11 @@ def _vector(like: Tensor, length: int) -> Tensor:
     return torch.empty(length, dtype=torch.float32, device=like.device)
 
 
+def _vectors(rows: int, like: Tensor) -> Tensor:
+    """(rows, C) for vectors of the length of `like`."""
+    return torch.empty((rows, like.shape[0]), dtype=torch.float32, device=like.device)
+
+
 def _out(x: Tensor, k: int, stride: int) -> Tensor:
     n, _, h, w = x.shape
     shape = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
@@ -175,7 +178,29 @@ def conv_affine_relu(
     return y
 
 
-conv_bn_relu = reference.with_batch_norms(conv_affine_relu)
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNorm,
+    *,
+    residual: Tensor | None = None,
+    prologue: BatchNorm | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
+    affine, *in_affine = _affines(bn) if prologue is None else _affines(bn, prologue)
+    return conv_affine_relu(
+        x,
+        weight,
+        *affine,
+        residual=residual,
+        prologue=in_affine[0] if in_affine else None,
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+    )
 
 
 def conv_stats(
@@ -342,6 +367,67 @@ def conv_backward(
     )
     _run(plan, x)
     return dx, None if dweight is None else in_format_of(weight, dweight)
+
+
+# Per-channel vectors: one kernel for each function ---------------------------------------------
+
+
+def _bn_ptrs(bn: BatchNorm) -> tuple[int, int, int, int, int, float]:
+    gamma, beta, mean, var, eps = bn
+    return mean.shape[0], _ptr(gamma), _ptr(beta), _ptr(mean), _ptr(var), eps
+
+
+def _dense_bn(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> BatchNorm:
+    return (
+        None if gamma is None else gamma.contiguous(),
+        None if beta is None else beta.contiguous(),
+        mean.contiguous(),
+        var.contiguous(),
+        eps,
+    )
+
+
+def _affines(*bns: BatchNorm) -> list[Affine]:
+    """bn_affine of one or two BatchNorms, in one launch."""
+    bns = tuple(_dense_bn(*bn) for bn in bns)
+    affines = [_vectors(2, bn[2]) for bn in bns]
+    of = [(_bn_ptrs(bn), _ptr(affine)) for bn, affine in zip(bns, affines, strict=True)]
+    _run(_C.cuda_plan_bn_affine(of), affines[0])
+    return [(affine[0], affine[1]) for affine in affines]
+
+
+def bn_affine(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Affine:
+    """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
+    return _affines((gamma, beta, mean, var, eps))[0]
+
+
+def bn_vectors(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
+) -> Tensor:
+    """(5, C): mean, unbias * var, rstd, scale, shift."""
+    bn = _dense_bn(gamma, beta, mean, var, eps)
+    vectors = _vectors(5, mean)
+    _run(_C.cuda_plan_bn_vectors(_bn_ptrs(bn), unbias, _ptr(vectors)), vectors)
+    return vectors
+
+
+def bn_gradient_vectors(
+    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """b and c of dz = scale*g + b*z + c."""
+    b, c = both = _vectors(2, sum_g)
+    plan = _C.cuda_plan_bn_gradient_vectors(
+        sum_g.shape[0], _ptr(sum_g), _ptr(sum_g_xhat), _ptr(vectors), count, _ptr(both)
+    )
+    _run(plan, both)
+    return b, c
+
+
+# With what is ATen's ---------------------------------------------------------------------------
 
 
 def _of_any_channels(kernel: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
