@@ -294,6 +294,7 @@ def cuda_plan_bn_relu_backward(
     rstd: int,
     sum_g: int,
     sum_g_xhat: int,
+    g: int,
     /,
 ) -> CudaPlan: ...
 def cuda_plan_bn_relu_input_gradient(

@@ -94,7 +94,7 @@ def test_a_pass_over_a_matrix_is_one_wave(rows: int, channels: int) -> None:
     plans = [
         (3, _C.cuda_plan_batch_stats(*matrix, *[at] * 3)),
         (3, _C.cuda_plan_normalize_relu(*matrix, *[at] * 7)),
-        (3, _C.cuda_plan_bn_relu_backward(*matrix, *[at] * 9)),
+        (3, _C.cuda_plan_bn_relu_backward(*matrix, *[at] * 10)),
         (2, _C.cuda_plan_bn_relu_input_gradient(*matrix, *[at] * 9)),
     ]
     columns = -(-channels // 64)
@@ -142,19 +142,29 @@ OF_A_BACKWARD = ["bn_relu_sums_f16", "add_sums", "bn_gradient_vectors"]
 OF_A_BACKWARD += [f"{CONV}_backward", "add_dweight_f16"]
 
 
-def operation(recorder: Recorder, *, training: bool, prologue: bool) -> list[str]:
+def operation(
+    recorder: Recorder, *, training: bool, prologue: bool = False, residual: bool = False
+) -> list[str]:
     """What an operation and, in training, its gradients launch."""
-    x, dy = (
+    x, dy, other = (
         torch.zeros(8, 64, 9, 9, dtype=F16).contiguous(memory_format=torch.channels_last)
-        for _ in range(2)
+        for _ in range(3)
     )
     weight = torch.zeros(64, 4, 3, 3, dtype=F16)
     gamma, beta, mean, var = (torch.ones(64) for _ in range(4))
-    leaves = [t.requires_grad_(training) for t in (x, weight, gamma, beta)]
+    inputs = [x, weight, gamma, beta, *([other] if residual else [])]
+    leaves = [t.requires_grad_(training) for t in inputs]
     bn = functional.BatchNormState(gamma, beta, mean, var, training)
-    in_bn = bn if prologue else None
     with recorder:
-        y = functional.conv_bn_relu(x, weight, bn, input_bn=in_bn, groups=16, backend="cuda")
+        y = functional.conv_bn_relu(
+            x,
+            weight,
+            bn,
+            input_bn=bn if prologue else None,
+            residual=other if residual else None,
+            groups=16,
+            backend="cuda",
+        )
         if training:
             torch.autograd.grad(y, leaves, dy)
     return recorder.launched
@@ -166,9 +176,13 @@ def test_launches_of_an_operation_in_evaluation(recorder: Recorder, prologue: bo
     assert launched == ["bn_vectors", f"{CONV}_forward"]
 
 
-def test_launches_of_an_operation_in_training(recorder: Recorder) -> None:
-    launched = operation(recorder, training=True, prologue=False)
-    assert launched == [*OF_A_FORWARD, "aten::_foreach_lerp_.Scalar", *OF_A_BACKWARD]
+@pytest.mark.parametrize("residual", [False, True])
+def test_launches_of_an_operation_in_training(recorder: Recorder, residual: bool) -> None:
+    launched = operation(recorder, training=True, residual=residual)
+    backward = list(OF_A_BACKWARD)
+    if residual:  # whose gradient the sums give too
+        backward.insert(2, "aten::full_like")
+    assert launched == [*OF_A_FORWARD, "aten::_foreach_lerp_.Scalar", *backward]
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ OF_MATRICES: list[Callable[..., None]] = [
     contract.test_batch_stats,
     contract.test_normalize_relu,
     contract.test_bn_relu_backward,
+    contract.test_bn_residual_relu_backward,
     contract.test_bn_relu_input_gradient,
     contract.test_nan_passes_the_relu,
 ]

@@ -79,10 +79,10 @@ void bind(py::module_& m) {
         });
   m.def("cuda_plan_bn_relu_backward",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
-           Pointer y, Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat) {
+           Pointer y, Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat, Pointer g) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y)};
           return plan_bn_relu_backward(static_cast<DType>(dtype), M, C, device, gradient, vec(mean), vec(rstd),
-                                       out_vec(sum_g), out_vec(sum_g_xhat));
+                                       out_vec(sum_g), out_vec(sum_g_xhat), out(g));
         });
   m.def("cuda_plan_bn_relu_input_gradient",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,

@@ -329,9 +329,9 @@ Plan plan_normalize_relu(DType dtype, int64_t M, int64_t C, const Device& device
 }
 
 Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
-                           const float* mean, const float* rstd, float* sum_g, float* sum_g_xhat) {
+                           const float* mean, const float* rstd, float* sum_g, float* sum_g_xhat, void* g) {
   PointwiseParams p = pointwise(M, C, gradient, device, blocks_held::bn_relu_sums);
-  p.mean = mean, p.rstd = rstd;
+  p.mean = mean, p.rstd = rstd, p.out = g;
   Plan plan;
   plan.workspace_floats = 2 * C * p.parts;
   plan.launches.push_back(

@@ -73,8 +73,9 @@ Plan plan_conv_backward(const ConvProblem&, const Device&, const Gradient& gradi
 Plan plan_batch_stats(DType, int64_t M, int64_t C, const Device&, const void* z, float* mean, float* var);
 Plan plan_normalize_relu(DType, int64_t M, int64_t C, const Device&, const void* z, Affine affine, const void* residual,
                          Affine residual_affine, void* y);
+// g null: not needed; given only with gradient.y
 Plan plan_bn_relu_backward(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, const float* mean,
-                           const float* rstd, float* sum_g, float* sum_g_xhat);
+                           const float* rstd, float* sum_g, float* sum_g_xhat, void* g);
 Plan plan_bn_relu_input_gradient(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, void* dz);
 
 // Per-channel vectors, as the reference's functions of these names make them.

@@ -3,7 +3,7 @@
 //
 //   normalize_relu       out = relu(scale * z + shift [+ residual | + res_scale * residual + res_shift])
 //   bn_relu_dz           out = a * g [+ b * z + c],  g = dy where the ReLU passed, else 0
-//   bn_relu_sums         partial = sum of g, sum of g * (z - mean) * rstd
+//   bn_relu_sums         partial = sum of g, sum of g * (z - mean) * rstd [; out = g, with the mask of y]
 //   moments              partial = count and Moments of z
 //   bn_vectors           mean, unbias * var, rstd = 1 / sqrt(var + eps), scale = gamma * rstd, beta - mean * scale
 //   bn_gradient_vectors  b, c of scale * (g - sum_g / M - xhat * sum_g_xhat / M) = scale * g + b * z + c
@@ -197,12 +197,13 @@ __device__ __forceinline__ void bn_relu_dz(const PointwiseParams& p) {
 template <class T, int kAhead, bool kFromY>
 __device__ __forceinline__ void sum_rows(const PointwiseParams& p, int channel, float (&sum_g)[8], float (&sum_gz)[8]) {
   const Vector8 mean(p.mean + channel);
-  each_gradient<T, kAhead, kFromY>(p, channel, [&](int64_t, const float(&g)[8], const float(&z)[8]) {
+  each_gradient<T, kAhead, kFromY>(p, channel, [&](int64_t element, const float(&g)[8], const float(&z)[8]) {
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       sum_g[k] += g[k];
       sum_gz[k] += g[k] * (z[k] - mean.v[k]);
     }
+    if (kFromY && p.out) store<T>(p.out, element, pack<T>(g));
   });
 }
 template <class T>

@@ -276,20 +276,41 @@ def bn_relu_backward(
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    return _sums(dy, z, (scale, shift), mean, rstd, y, None)
+
+
+def bn_residual_relu_backward(
+    dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y."""
+    g = torch.empty_like(z, memory_format=torch.channels_last)
+    return g, *_sums(dy, z, None, mean, rstd, y, g)
+
+
+def _sums(
+    dy: Tensor,
+    z: Tensor,
+    affine: Affine | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sums of bn_relu_backward; g, if given, is filled."""
     dy, z, y = _aligned(dy), _aligned(z), _maybe_aligned(y)
-    scale, shift, mean, rstd = map(_aligned, (scale, shift, mean, rstd))
+    affine, mean, rstd = _aligned_pair(affine), _aligned(mean), _aligned(rstd)
     sum_g, sum_g_xhat = _vector(z, z.shape[1]), _vector(z, z.shape[1])
     plan = _C.cuda_plan_bn_relu_backward(
         *_matrix(z),
         _ptr(dy),
         _ptr(z),
-        _ptr(scale),
-        _ptr(shift),
+        *_ptrs(affine),
         _ptr(y),
         _ptr(mean),
         _ptr(rstd),
         _ptr(sum_g),
         _ptr(sum_g_xhat),
+        _ptr(g),
     )
     _run(plan, z)
     return sum_g, sum_g_xhat
@@ -447,5 +468,3 @@ conv1x1_affine_relu = partial(
 conv1x1_stats = partial(
     reference.conv1x1_stats, statistics=_of_any_channels(batch_stats, reference.batch_stats)
 )
-# So is the mask behind a residual ATen's.
-bn_residual_relu_backward = partial(reference.bn_residual_relu_backward, sums=bn_relu_backward)
