@@ -261,6 +261,7 @@ def cuda_plan_conv_backward(
     weight: int,
     dx: int,
     dweight: int,
+    channels_last: bool,
     /,
 ) -> CudaPlan: ...
 def cuda_plan_batch_stats(

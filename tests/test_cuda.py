@@ -51,9 +51,9 @@ def plans_of(case: Case, device: _C.CudaDevice, dtype: torch.dtype) -> list[_C.C
         for residual in (0, at)
     ]
     plans += [_C.cuda_plan_conv_stats(p, device, at, at, 0, 0, at, v, v) for v in (0, at)]
-    for y, dx, dweight in itertools.product((0, at), repeat=3):
-        gradient = (at, at, at, at, y, at, at, at)
-        plans.append(_C.cuda_plan_conv_backward(p, device, *gradient, at, at, at, at, dx, dweight))
+    for y, dx, dweight, last in itertools.product((0, at), repeat=4):
+        rest = (at, at, at, at, dx, dweight, bool(last))
+        plans.append(_C.cuda_plan_conv_backward(p, device, at, at, at, at, y, at, at, at, *rest))
     return plans
 
 

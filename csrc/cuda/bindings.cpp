@@ -62,10 +62,10 @@ void bind(py::module_& m) {
   m.def("cuda_plan_conv_backward",
         [](const ConvProblem& problem, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
            Pointer y, Pointer a, Pointer b, Pointer c, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
-           Pointer dx, Pointer dweight) {
+           Pointer dx, Pointer dweight, bool channels_last) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
           return plan_conv_backward(problem, device, gradient, in(x), affine(in_scale, in_shift), in(weight), out(dx),
-                                    out(dweight));
+                                    out(dweight), channels_last);
         });
   m.def("cuda_plan_batch_stats",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer mean, Pointer var) {

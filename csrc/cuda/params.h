@@ -114,6 +114,7 @@ struct ReduceParams {
   void* out1;
   int64_t size;  // elements of out0
   int32_t parts;
+  int32_t D;  // of dweight in channels_last, (K, 3, 3, D); else 0
 };
 
 // What is made of one BatchNorm.

@@ -245,7 +245,7 @@ Plan plan_conv_stats(const ConvProblem& problem, const Device& device, const voi
 }
 
 Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const Gradient& gradient, const void* x,
-                        Affine prologue, const void* weight, void* dx, void* dweight) {
+                        Affine prologue, const void* weight, void* dx, void* dweight, bool channels_last) {
   require(problem);
   const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::t2;
   ConvParams p{};
@@ -262,14 +262,14 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
     q.out = wants_dx ? dx : nullptr;
     if (wants_dweight) q.side = x, q.side_scale = prologue.scale, q.side_shift = prologue.shift, q.dweight = dweight;
     Tiling t = tile(q, g, false, std::strcmp(pass, "dweight") == 0, device, 1);
-    const bool reduces = wants_dweight && t.parts() > 1;
+    const bool reduces = wants_dweight && (t.parts() > 1 || channels_last);
     if (reduces) t.params.dweight = nullptr;
     plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
     if (!reduces) return;
     const int64_t size = problem.K * problem.din() * 9;
     plan.workspace_floats = size * t.parts();
     plan.launches.back().workspace_at = offsetof(ConvParams, dweight_partial);
-    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts()};
+    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts(), channels_last ? p.D : 0};
     plan.launches.push_back(reduce_launch("add_dweight_" + name_of(problem.dtype), ceil_div<int64_t>(size, 4), reduce));
   };
   if (band(p.D, block_chunks(p.D)) < 8) {

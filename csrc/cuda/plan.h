@@ -65,9 +65,9 @@ Plan plan_conv_affine_relu(const ConvProblem&, const Device&, const void* x, con
 // mean null: no statistics
 Plan plan_conv_stats(const ConvProblem&, const Device&, const void* x, const void* weight, Affine prologue, void* z,
                      float* mean, float* var);
-// dx null, dweight null: not needed
+// dx null, dweight null: not needed; channels_last: dweight is (K, 3, 3, D)
 Plan plan_conv_backward(const ConvProblem&, const Device&, const Gradient& gradient, const void* x, Affine prologue,
-                        const void* weight, void* dx, void* dweight);
+                        const void* weight, void* dx, void* dweight, bool channels_last);
 
 // z as an (M, C) matrix, C a multiple of 8
 Plan plan_batch_stats(DType, int64_t M, int64_t C, const Device&, const void* z, float* mean, float* var);

@@ -327,7 +327,7 @@ __device__ __forceinline__ Value over_parts(int parts, bool in_range, Load load)
   return all;
 }
 
-// (parts, size) -> out0 (size) in T; size is a multiple of 8.
+// (parts, K, D, 9) -> out0 in T; size is a multiple of 8.
 template <class T>
 __device__ __forceinline__ void add_dweight(const ReduceParams& p) {
   const int64_t i = (blockIdx.x * static_cast<int64_t>(kReduceColumns) + threadIdx.x % kReduceColumns) * 4;
@@ -336,8 +336,19 @@ __device__ __forceinline__ void add_dweight(const ReduceParams& p) {
     return Sum4{{v.x, v.y, v.z, v.w}};
   });
   if (threadIdx.x >= kReduceColumns || i >= p.size) return;
-  *reinterpret_cast<uint2*>(static_cast<T*>(p.out0) + i) =
-      make_uint2(pack<T>(sum.value[0], sum.value[1]), pack<T>(sum.value[2], sum.value[3]));
+  T* out = static_cast<T*>(p.out0);
+  if (!p.D) {
+    *reinterpret_cast<uint2*>(out + i) =
+        make_uint2(pack<T>(sum.value[0], sum.value[1]), pack<T>(sum.value[2], sum.value[3]));
+    return;
+  }
+  const int size = 9 * p.D;  // of a row; four elements may reach into the next
+  const int64_t row = i / size * size;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int next = i + e - row < size ? 0 : size, at = static_cast<int>(i + e - row) - next;
+    out[row + next + at % 9 * p.D + at / 9] = T(sum.value[e]);
+  }
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, in_format_of
+from ..problem import ConvProblem, weight_format
 from . import reference
 from .reference import (  # noqa: F401
     Affine,
@@ -368,7 +368,9 @@ def conv_backward(
     z, scale, shift, a, b, c = map(_maybe_aligned, bn or (None,) * 6)
     prologue = _aligned_pair(prologue)
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
-    dweight = torch.empty_like(packed) if need_dweight else None
+    # (K, D, 3, 3), or (K, 3, 3, D) in memory
+    memory_format = weight_format(weight) or torch.contiguous_format
+    dweight = torch.empty_like(packed, memory_format=memory_format) if need_dweight else None
     plan = _C.cuda_plan_conv_backward(
         _problem(tuple(x.shape), weight.shape[0], groups, stride, dilation, x.dtype),
         _device(x.device),
@@ -385,9 +387,10 @@ def conv_backward(
         _ptr(packed),
         _ptr(dx),
         _ptr(dweight),
+        memory_format is torch.channels_last,
     )
     _run(plan, x)
-    return dx, None if dweight is None else in_format_of(weight, dweight)
+    return dx, dweight
 
 
 # Per-channel vectors: one kernel for each function ---------------------------------------------
