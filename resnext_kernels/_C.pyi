@@ -261,6 +261,7 @@ def cuda_plan_conv_backward(
     weight: int,
     dx: int,
     dweight: int,
+    channels_last: bool,
     /,
 ) -> CudaPlan: ...
 def cuda_plan_batch_stats(
@@ -294,6 +295,7 @@ def cuda_plan_bn_relu_backward(
     rstd: int,
     sum_g: int,
     sum_g_xhat: int,
+    g: int,
     /,
 ) -> CudaPlan: ...
 def cuda_plan_bn_relu_input_gradient(
@@ -311,4 +313,15 @@ def cuda_plan_bn_relu_input_gradient(
     c: int,
     dz: int,
     /,
+) -> CudaPlan: ...
+
+# A BatchNorm: C, gamma, beta, mean, var, eps
+def cuda_plan_bn_affine(
+    bns: list[tuple[tuple[int, int, int, int, int, float], int]], /
+) -> CudaPlan: ...
+def cuda_plan_bn_vectors(
+    bn: tuple[int, int, int, int, int, float], unbias: float, vectors: int, /
+) -> CudaPlan: ...
+def cuda_plan_bn_gradient_vectors(
+    C: int, sum_g: int, sum_g_xhat: int, vectors: int, count: float, b_and_c: int, /
 ) -> CudaPlan: ...

@@ -231,15 +231,14 @@ def _update_running(bn: BatchNormState, vectors: Tensor, count: int) -> None:
     """running = (1 - momentum) * running + momentum * batch."""
     if not bn.training or bn.running_mean is None or (count == 0 and not bn.group):
         return
-    for running, batch in ((bn.running_mean, vectors[0]), (bn.running_var, vectors[1])):
-        assert running is not None
-        if isinstance(bn.momentum, Tensor):
-            running.copy_(running * (1 - bn.momentum) + batch * bn.momentum)
-        elif running.dtype == batch.dtype:
-            running.mul_(1 - bn.momentum).add_(batch, alpha=bn.momentum)
-        else:
-            exact = running.to(batch.dtype)
-            running.copy_(exact.mul_(1 - bn.momentum).add_(batch, alpha=bn.momentum))
+    assert bn.running_var is not None
+    running, batch = [bn.running_mean, bn.running_var], [vectors[0], vectors[1]]
+    if not isinstance(bn.momentum, Tensor) and all(t.dtype == vectors.dtype for t in running):
+        torch._foreach_mul_(running, 1 - bn.momentum)  # one kernel each on a GPU
+        torch._foreach_add_(running, batch, alpha=bn.momentum)
+        return
+    for old, new in zip(running, batch, strict=True):
+        old.copy_(old.to(new.dtype) * (1 - bn.momentum) + new * bn.momentum)
 
 
 # Operations ----------------------------------------------------------------------------------

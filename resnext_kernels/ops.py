@@ -373,7 +373,7 @@ def _gradient_vectors(
 
 def _relu_passes_everything(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """scale, shift for which the recomputed ReLU mask is true everywhere, NaN and Inf included."""
-    return torch.zeros_like(vectors[3]), torch.ones_like(vectors[4])
+    return vectors[3], torch.full_like(vectors[4], float("inf"))
 
 
 def _behind_residual(

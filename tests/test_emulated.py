@@ -188,6 +188,7 @@ OF_MATRICES: list[Callable[..., None]] = [
     contract.test_batch_stats,
     contract.test_normalize_relu,
     contract.test_bn_relu_backward,
+    contract.test_bn_residual_relu_backward,
     contract.test_bn_relu_input_gradient,
     contract.test_nan_passes_the_relu,
 ]
@@ -203,6 +204,30 @@ def test_convolutions(case: Case, emulated: EmulatedTarget, function: Callable[.
 @each(POINTWISE)
 def test_pointwise(case: Case, emulated: EmulatedTarget, function: Callable[..., None]) -> None:
     function(case, emulated)
+
+
+on_emulated_cuda = pytest.mark.parametrize(
+    "emulated", [("cuda", F16, "A100")], indirect=True, ids=["f16-cuda-A100"]
+)
+
+
+@pytest.mark.parametrize("affine", ["gamma beta", "gamma", "beta", ""])
+@pytest.mark.parametrize("channels", [1, 24, 2048])
+@on_emulated_cuda
+def test_vectors_of_a_batch_norm(channels: int, affine: str, emulated: EmulatedTarget) -> None:
+    contract.test_vectors_of_a_batch_norm(channels, affine, emulated)
+    contract.test_bn_gradient_vectors(channels, emulated)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@on_emulated_cuda
+def test_odd_values_in_the_vectors_of_a_batch_norm(value: float, emulated: EmulatedTarget) -> None:
+    contract.test_odd_values_in_the_vectors_of_a_batch_norm(value, emulated)
+
+
+@each(on_cuda(SERVED_FEW, (F16, "A100")))
+def test_conv_bn_relu(case: Case, emulated: EmulatedTarget) -> None:
+    contract.test_conv_bn_relu(case, emulated)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -3e5], ids=lambda v: f"mean{v:g}")

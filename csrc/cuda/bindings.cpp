@@ -19,6 +19,12 @@ void* out(Pointer p) { return reinterpret_cast<void*>(p); }
 const float* vec(Pointer p) { return reinterpret_cast<const float*>(p); }
 float* out_vec(Pointer p) { return reinterpret_cast<float*>(p); }
 Affine affine(Pointer scale, Pointer shift) { return {vec(scale), vec(shift)}; }
+// C, gamma, beta, mean, var, eps
+using BatchNormPointers = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, float>;
+BatchNorm batch_norm(const BatchNormPointers& bn) {
+  const auto& [C, gamma, beta, mean, var, eps] = bn;
+  return {C, vec(gamma), vec(beta), vec(mean), vec(var), eps};
+}
 
 }  // namespace
 
@@ -56,10 +62,10 @@ void bind(py::module_& m) {
   m.def("cuda_plan_conv_backward",
         [](const ConvProblem& problem, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
            Pointer y, Pointer a, Pointer b, Pointer c, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
-           Pointer dx, Pointer dweight) {
+           Pointer dx, Pointer dweight, bool channels_last) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
           return plan_conv_backward(problem, device, gradient, in(x), affine(in_scale, in_shift), in(weight), out(dx),
-                                    out(dweight));
+                                    out(dweight), channels_last);
         });
   m.def("cuda_plan_batch_stats",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer mean, Pointer var) {
@@ -73,16 +79,28 @@ void bind(py::module_& m) {
         });
   m.def("cuda_plan_bn_relu_backward",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
-           Pointer y, Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat) {
+           Pointer y, Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat, Pointer g) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y)};
           return plan_bn_relu_backward(static_cast<DType>(dtype), M, C, device, gradient, vec(mean), vec(rstd),
-                                       out_vec(sum_g), out_vec(sum_g_xhat));
+                                       out_vec(sum_g), out_vec(sum_g_xhat), out(g));
         });
   m.def("cuda_plan_bn_relu_input_gradient",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
            Pointer y, Pointer a, Pointer b, Pointer c, Pointer dz) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
           return plan_bn_relu_input_gradient(static_cast<DType>(dtype), M, C, device, gradient, out(dz));
+        });
+  m.def("cuda_plan_bn_affine", [](const std::vector<std::pair<BatchNormPointers, Pointer>>& bns) {
+    std::vector<std::pair<BatchNorm, float*>> found;
+    for (const auto& [bn, affine] : bns) found.emplace_back(batch_norm(bn), out_vec(affine));
+    return plan_bn_affine(found);
+  });
+  m.def("cuda_plan_bn_vectors", [](const BatchNormPointers& bn, float unbias, Pointer vectors) {
+    return plan_bn_vectors(batch_norm(bn), unbias, out_vec(vectors));
+  });
+  m.def("cuda_plan_bn_gradient_vectors",
+        [](int64_t C, Pointer sum_g, Pointer sum_g_xhat, Pointer vectors, float count, Pointer b_and_c) {
+          return plan_bn_gradient_vectors(C, vec(sum_g), vec(sum_g_xhat), vec(vectors), count, out_vec(b_and_c));
         });
 
   m.def(

@@ -88,6 +88,12 @@ struct ConvParams {
 
 constexpr int kMagicShift = 31;
 
+// Blocks of a pass over a matrix that a multiprocessor's registers hold; the grid has no more, so that all are at work
+// at once.
+namespace blocks_held {
+constexpr int normalize_relu = 3, bn_relu_dz = 2, bn_relu_sums = 3, moments = 3;
+}
+
 // A pass over z as an (M, C) matrix; a block takes 64 channels and every `parts`-th run of 32 rows.
 struct PointwiseParams {
   const void* dy;
@@ -102,7 +108,11 @@ struct PointwiseParams {
   float* partial;  // sums: (parts, 2, C), statistics: (parts, 4, C)
   int64_t M;
   int32_t C, parts;
+  int32_t rows;  // of a thread, at most: some have one less
 };
+
+constexpr int kReduceColumns = 8;  // of a block of a second stage
+constexpr int kReduceParts = 4;    // that a thread of one loads at once
 
 // Second stage of a reduction, in a fixed order.
 struct ReduceParams {
@@ -111,6 +121,30 @@ struct ReduceParams {
   void* out1;
   int64_t size;  // elements of out0
   int32_t parts;
+  int32_t D;  // of dweight in channels_last, (K, 3, 3, D); else 0
+};
+
+// What is made of one BatchNorm.
+struct BatchNormParams {
+  const float *gamma, *beta;  // null: 1 and 0
+  const float *mean, *var;
+  float eps, unbias;
+  float* statistics;  // (3, C): mean, unbias * var, rstd; null: not needed
+  float* affine;      // (2, C): scale, shift
+  int32_t C;
+};
+
+// Of one or two of them: blockIdx.y.
+struct VectorsParams {
+  BatchNormParams of[2];
+};
+
+struct GradientVectorsParams {
+  const float *sum_g, *sum_g_xhat;
+  const float* vectors;  // (5, C): mean, unbiased variance, rstd, scale, shift
+  float* out;            // (2, C): b, c
+  float count;
+  int32_t C;
 };
 
 }  // namespace resnext_kernels::cuda

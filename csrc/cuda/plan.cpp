@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 
@@ -29,8 +30,12 @@ Launch launch(std::string kernel, std::array<unsigned, 3> grid, unsigned block, 
   return made;
 }
 
-// Threads of a second stage: 32 columns, each the work of so many that they have a few parts to add.
-unsigned reduce_threads(int parts) { return 32 * std::min(32, std::max(4, parts / 4)); }
+// The second stage of a reduction of `parts` over so many columns.
+Launch reduce_launch(std::string kernel, int64_t columns, const ReduceParams& params) {
+  const int warps = ceil_div(params.parts, kReduceParts * 32 / kReduceColumns);
+  return launch(std::move(kernel), {static_cast<unsigned>(ceil_div<int64_t>(columns, kReduceColumns)), 1, 1},
+                32 * std::min(warps, 32), 0, params, offsetof(ReduceParams, partial));
+}
 
 // ---- channels of a block ---------------------------------------------------------------------------------------
 
@@ -208,8 +213,7 @@ Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvPa
     plan.workspace_floats = int64_t{4} * t.parts() * problem.C;
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
     const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
-    plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(problem.C, 32)), 1, 1},
-                                   reduce_threads(t.parts()), 0, reduce, offsetof(ReduceParams, partial)));
+    plan.launches.push_back(reduce_launch("finish_moments", problem.C, reduce));
   }
   return plan;
 }
@@ -250,7 +254,7 @@ Plan plan_conv_stats(const ConvProblem& problem, const Device& device, const voi
 }
 
 Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const Gradient& gradient, const void* x,
-                        Affine prologue, const void* weight, void* dx, void* dweight) {
+                        Affine prologue, const void* weight, void* dx, void* dweight, bool channels_last) {
   require(problem);
   const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::t2;
   ConvParams p{};
@@ -267,17 +271,15 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
     q.out = wants_dx ? dx : nullptr;
     if (wants_dweight) q.side = x, q.side_scale = prologue.scale, q.side_shift = prologue.shift, q.dweight = dweight;
     Tiling t = tile(q, g, pass, device);
-    const bool reduces = wants_dweight && t.parts() > 1;
+    const bool reduces = wants_dweight && (t.parts() > 1 || channels_last);
     if (reduces) t.params.dweight = nullptr;
     plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
     if (!reduces) return;
     const int64_t size = problem.K * problem.din() * 9;
     plan.workspace_floats = size * t.parts();
     plan.launches.back().workspace_at = offsetof(ConvParams, dweight_partial);
-    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts()};
-    plan.launches.push_back(launch("add_dweight_" + name_of(problem.dtype),
-                                   {static_cast<unsigned>(ceil_div<int64_t>(size, 4 * kThreads)), 1, 1}, kThreads, 0,
-                                   reduce, offsetof(ReduceParams, partial)));
+    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts(), channels_last ? p.D : 0};
+    plan.launches.push_back(reduce_launch("add_dweight_" + name_of(problem.dtype), ceil_div<int64_t>(size, 4), reduce));
   };
   if (band(p.D, block_chunks(p.D)) < 8) {
     if (dx || dweight) add(Pass::backward, dx != nullptr, dweight != nullptr);
@@ -290,17 +292,18 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
 
 namespace {
 
-PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device& device) {
+// blocks_held: of the kernel on a multiprocessor
+PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device& device, int blocks_held) {
   if (C % 8) throw std::invalid_argument("channels must be a multiple of 8, not " + std::to_string(C));
   PointwiseParams p{};
   p.dy = g.dy, p.z = g.z, p.y = g.y;
   p.scale = g.affine.scale, p.shift = g.affine.shift;
   p.a = g.a, p.b = g.b, p.c = g.c;
   p.M = M, p.C = static_cast<int32_t>(C);
-  // four blocks of 256 threads for every multiprocessor, unless there are fewer rows
-  const int64_t columns = ceil_div<int64_t>(C, 64);
-  const int64_t most = ceil_div<int64_t>(M, kThreads / kMostSlots);
-  p.parts = static_cast<int32_t>(std::min(most, std::max<int64_t>(1, 4 * device.multiprocessors / columns)));
+  const int64_t columns = ceil_div<int64_t>(C, 64), runs = ceil_div<int64_t>(M, kThreads / kMostSlots);
+  const int64_t blocks = int64_t{blocks_held} * device.multiprocessors;
+  p.parts = static_cast<int32_t>(std::max<int64_t>(1, std::min(runs, blocks / columns)));
+  p.rows = static_cast<int32_t>(ceil_div<int64_t>(runs, p.parts));
   return p;
 }
 std::array<unsigned, 3> pointwise_grid(const PointwiseParams& p) {
@@ -312,14 +315,13 @@ std::array<unsigned, 3> pointwise_grid(const PointwiseParams& p) {
 Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, const void* z, float* mean, float* var) {
   Gradient g;
   g.z = z;
-  const PointwiseParams p = pointwise(M, C, g, device);
+  const PointwiseParams p = pointwise(M, C, g, device, blocks_held::moments);
   Plan plan;
   plan.workspace_floats = 4 * C * p.parts;
   plan.launches.push_back(
       launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, mean, var, C, p.parts};
-  plan.launches.push_back(launch("finish_moments", {static_cast<unsigned>(ceil_div<int64_t>(C, 32)), 1, 1},
-                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(reduce_launch("finish_moments", C, reduce));
   return plan;
 }
 
@@ -327,7 +329,7 @@ Plan plan_normalize_relu(DType dtype, int64_t M, int64_t C, const Device& device
                          const void* residual, Affine residual_affine, void* y) {
   Gradient g;
   g.z = z, g.affine = affine;
-  PointwiseParams p = pointwise(M, C, g, device);
+  PointwiseParams p = pointwise(M, C, g, device, blocks_held::normalize_relu);
   p.residual = residual, p.res_scale = residual_affine.scale, p.res_shift = residual_affine.shift;
   p.out = y;
   Plan plan;
@@ -336,26 +338,64 @@ Plan plan_normalize_relu(DType dtype, int64_t M, int64_t C, const Device& device
 }
 
 Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
-                           const float* mean, const float* rstd, float* sum_g, float* sum_g_xhat) {
-  PointwiseParams p = pointwise(M, C, gradient, device);
-  p.mean = mean, p.rstd = rstd;
+                           const float* mean, const float* rstd, float* sum_g, float* sum_g_xhat, void* g) {
+  PointwiseParams p = pointwise(M, C, gradient, device, blocks_held::bn_relu_sums);
+  p.mean = mean, p.rstd = rstd, p.out = g;
   Plan plan;
   plan.workspace_floats = 2 * C * p.parts;
   plan.launches.push_back(
       launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
   const ReduceParams reduce{nullptr, sum_g, sum_g_xhat, C, p.parts};
-  plan.launches.push_back(launch("add_sums", {static_cast<unsigned>(ceil_div<int64_t>(2 * C, 32)), 1, 1},
-                                 reduce_threads(p.parts), 0, reduce, offsetof(ReduceParams, partial)));
+  plan.launches.push_back(reduce_launch("add_sums", 2 * C, reduce));
   return plan;
 }
 
 Plan plan_bn_relu_input_gradient(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
                                  void* dz) {
-  PointwiseParams p = pointwise(M, C, gradient, device);
+  PointwiseParams p = pointwise(M, C, gradient, device, blocks_held::bn_relu_dz);
   p.out = dz;
   Plan plan;
   plan.launches.push_back(launch("bn_relu_dz_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p));
   return plan;
+}
+
+namespace {
+
+BatchNormParams batch_norm_params(const BatchNorm& bn, float* affine) {
+  return {bn.gamma, bn.beta, bn.mean, bn.var, bn.eps, 1.f, nullptr, affine, static_cast<int32_t>(bn.C)};
+}
+
+template <class Params>
+Plan vectors_plan(const char* kernel, int64_t C, unsigned bns, const Params& params) {
+  Plan plan;
+  plan.launches.push_back(
+      launch(kernel, {static_cast<unsigned>(ceil_div<int64_t>(C, kThreads)), bns, 1}, kThreads, 0, params));
+  return plan;
+}
+
+}  // namespace
+
+Plan plan_bn_affine(const std::vector<std::pair<BatchNorm, float*>>& bns) {
+  VectorsParams params{};
+  if (bns.size() > std::size(params.of)) throw std::invalid_argument("two BatchNorms at most");
+  int64_t C = 0;
+  for (size_t i = 0; i < bns.size(); ++i) {
+    params.of[i] = batch_norm_params(bns[i].first, bns[i].second);
+    C = std::max(C, bns[i].first.C);
+  }
+  return vectors_plan("bn_vectors", C, static_cast<unsigned>(bns.size()), params);
+}
+
+Plan plan_bn_vectors(const BatchNorm& bn, float unbias, float* vectors) {
+  VectorsParams params{{batch_norm_params(bn, vectors + 3 * bn.C)}};
+  params.of[0].unbias = unbias, params.of[0].statistics = vectors;
+  return vectors_plan("bn_vectors", bn.C, 1, params);
+}
+
+Plan plan_bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
+                              float* b_and_c) {
+  const GradientVectorsParams params{sum_g, sum_g_xhat, vectors, b_and_c, count, static_cast<int32_t>(C)};
+  return vectors_plan("bn_gradient_vectors", C, 1, params);
 }
 
 }  // namespace resnext_kernels::cuda

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../problem.h"
@@ -46,6 +47,16 @@ struct Gradient {
   const float* c = nullptr;
 };
 
+// Of C channels; gamma, beta null: 1 and 0.
+struct BatchNorm {
+  int64_t C;
+  const float* gamma;
+  const float* beta;
+  const float* mean;
+  const float* var;
+  float eps;
+};
+
 // Why the convolution kernels do not take a problem; empty where they do.
 std::string why_not(const ConvProblem& problem);
 
@@ -54,16 +65,26 @@ Plan plan_conv_affine_relu(const ConvProblem&, const Device&, const void* x, con
 // mean null: no statistics
 Plan plan_conv_stats(const ConvProblem&, const Device&, const void* x, const void* weight, Affine prologue, void* z,
                      float* mean, float* var);
-// dx null, dweight null: not needed
+// dx null, dweight null: not needed; channels_last: dweight is (K, 3, 3, D)
 Plan plan_conv_backward(const ConvProblem&, const Device&, const Gradient& gradient, const void* x, Affine prologue,
-                        const void* weight, void* dx, void* dweight);
+                        const void* weight, void* dx, void* dweight, bool channels_last);
 
 // z as an (M, C) matrix, C a multiple of 8
 Plan plan_batch_stats(DType, int64_t M, int64_t C, const Device&, const void* z, float* mean, float* var);
 Plan plan_normalize_relu(DType, int64_t M, int64_t C, const Device&, const void* z, Affine affine, const void* residual,
                          Affine residual_affine, void* y);
+// g null: not needed; given only with gradient.y
 Plan plan_bn_relu_backward(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, const float* mean,
-                           const float* rstd, float* sum_g, float* sum_g_xhat);
+                           const float* rstd, float* sum_g, float* sum_g_xhat, void* g);
 Plan plan_bn_relu_input_gradient(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, void* dz);
+
+// Per-channel vectors, as the reference's functions of these names make them.
+// One or two BatchNorms, each with its result: (2, C) scale, shift
+Plan plan_bn_affine(const std::vector<std::pair<BatchNorm, float*>>& bns);
+// vectors: (5, C) mean, unbias * var, rstd, scale, shift
+Plan plan_bn_vectors(const BatchNorm& bn, float unbias, float* vectors);
+// b_and_c: (2, C)
+Plan plan_bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
+                              float* b_and_c);
 
 }  // namespace resnext_kernels::cuda

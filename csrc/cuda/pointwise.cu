@@ -1,13 +1,17 @@
-// BatchNorm and ReLU without a convolution, on z as an (M, C) matrix, and the second stage of every reduction.
+// BatchNorm and ReLU without a convolution, on z as an (M, C) matrix, the second stage of every reduction, and
+// BatchNorm's vectors.
 //
-//   normalize_relu   out = relu(scale * z + shift [+ residual | + res_scale * residual + res_shift])
-//   bn_relu_dz       out = a * g [+ b * z + c],  g = dy where the ReLU passed, else 0
-//   bn_relu_sums     partial = sum of g, sum of g * (z - mean) * rstd
-//   moments          partial = count and Moments of z
+//   normalize_relu       out = relu(scale * z + shift [+ residual | + res_scale * residual + res_shift])
+//   bn_relu_dz           out = a * g [+ b * z + c],  g = dy where the ReLU passed, else 0
+//   bn_relu_sums         partial = sum of g, sum of g * (z - mean) * rstd [; out = g, with the mask of y]
+//   moments              partial = count and Moments of z
+//   bn_vectors           mean, unbias * var, rstd = 1 / sqrt(var + eps), scale = gamma * rstd, beta - mean * scale
+//   bn_gradient_vectors  b, c of scale * (g - sum_g / M - xhat * sum_g_xhat / M) = scale * g + b * z + c
 //
-// A block takes 64 channels (128 bytes of a row, 16 a thread) and every gridDim.y-th run of 32 rows; a thread keeps
-// its eight channels and has four rows in flight. Reductions: a thread's rows, then the block's 32 threads of a
-// channel, then add_* and merge_* over the blocks; always in the same order, without atomics.
+// A block of the first four takes 64 channels (128 bytes of a row, 16 a thread) and every gridDim.y-th run of 32 rows;
+// a thread keeps its eight channels and loads some rows before it uses the first: as many as its registers hold.
+// Reductions: a thread's rows, the four threads of a channel in a warp, the warps, then add_* and finish_moments over
+// the blocks; always in the same order, without atomics.
 #include "kernels.h"
 #include "mma.cuh"
 #include "params.h"
@@ -17,21 +21,22 @@ namespace {
 
 constexpr int kSlots = kMostSlots;
 constexpr int kRows = kThreads / kSlots;  // threads of one channel in a block
-constexpr int kFlight = 4;                // rows that a thread loads before it uses the first
-constexpr int kSumsFlight = 2;            // the same where the sums need the registers
 
 // Calls load(i, element) for up to kAhead rows, then use(i, element) for the same.
 template <int kAhead, class Load, class Use>
 __device__ __forceinline__ void each_row(const PointwiseParams& p, int channel, Load load, Use use) {
-  const int64_t step = static_cast<int64_t>(p.parts) * kRows;
-  for (int64_t m = blockIdx.y * kRows + threadIdx.x / kSlots; m < p.M; m += kAhead * step) {
+  const int64_t step = static_cast<int64_t>(p.parts) * kRows;  // rows from one of a thread's to its next
+  const int64_t first = blockIdx.y * kRows + threadIdx.x / kSlots;
+  const int rows = p.rows - (first + (p.rows - 1) * step >= p.M);
+  int64_t element = first * p.C + channel;
+  for (int row = 0; row < rows; row += kAhead, element += kAhead * step * p.C) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (m + i * step < p.M) load(i, (m + i * step) * p.C + channel);
+      if (row + i < rows) load(i, element + i * step * p.C);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (m + i * step < p.M) use(i, (m + i * step) * p.C + channel);
+      if (row + i < rows) use(i, element + i * step * p.C);
     }
   }
 }
@@ -51,127 +56,193 @@ __device__ __forceinline__ void store_row(float* to, const float (&v)[8]) {
   reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
+struct Sum {
+  float value = 0.f;
+  __device__ __forceinline__ void add(const Sum& other) { value += other.value; }
+};
+struct Sum4 {
+  float value[4] = {};
+  __device__ __forceinline__ void add(const Sum4& other) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] += other.value[i];
+  }
+};
+struct CountedMoments {
+  float n = 0.f;
+  Moments moments;
+  __device__ __forceinline__ void add(const CountedMoments& other) {
+    moments.merge(n, other.n, other.moments);
+    n += other.n;
+  }
+};
+
+// In a warp's first eight lanes: what they and the lanes 8, 16 and 24 behind hold together.
+template <class Value>
+__device__ __forceinline__ Value over_warp(Value value) {
+#pragma unroll
+  for (int lanes = 16; lanes >= 8; lanes /= 2) {
+    Value other;
+#pragma unroll
+    for (int i = 0; i < sizeof(Value) / sizeof(float); ++i) {
+      reinterpret_cast<float*>(&other)[i] = __shfl_down_sync(~0u, reinterpret_cast<float*>(&value)[i], lanes);
+    }
+    value.add(other);
+  }
+  return value;
+}
+
 __device__ __forceinline__ int first_channel() { return (blockIdx.x * kSlots + threadIdx.x % kSlots) * 8; }
 
-template <class T>
-__device__ __forceinline__ void normalize_relu(const PointwiseParams& p) {
-  const int channel = first_channel();
-  if (channel >= p.C) return;
+template <class T, int kAhead, bool kResidual>
+__device__ __forceinline__ void normalize_rows(const PointwiseParams& p, int channel) {
   const Vector8 scale(p.scale + channel), shift(p.shift + channel);
   Vector8 res_scale = scale, res_shift = shift;  // used only if given
-  if (p.res_scale) res_scale = Vector8(p.res_scale + channel), res_shift = Vector8(p.res_shift + channel);
-  uint4 z[kFlight], residual[kFlight];
-  each_row<kFlight>(
+  if (kResidual && p.res_scale) res_scale = Vector8(p.res_scale + channel), res_shift = Vector8(p.res_shift + channel);
+  uint4 z[kAhead], residual[kAhead];
+  each_row<kAhead>(
       p, channel,
       [&](int i, int64_t element) {
         z[i] = load<T>(p.z, element);
-        if (p.residual) residual[i] = load<T>(p.residual, element);
+        if (kResidual) residual[i] = load<T>(p.residual, element);
       },
       [&](int i, int64_t element) {
         float v[8];
         unpack<T>(v, z[i]);
 #pragma unroll
         for (int k = 0; k < 8; ++k) v[k] = scale.v[k] * v[k] + shift.v[k];
-        if (p.residual) {
+        if (kResidual) {
           float r[8];
           unpack<T>(r, residual[i]);
 #pragma unroll
           for (int k = 0; k < 8; ++k) v[k] += p.res_scale ? res_scale.v[k] * r[k] + res_shift.v[k] : r[k];
         }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) v[k] = relu(v[k]);
-        store<T>(p.out, element, pack<T>(v));
+        store<T>(p.out, element, pack_relu<T>(v));
       });
 }
-
-// g of dy, in place.
 template <class T>
-__device__ __forceinline__ void mask(float (&g)[8], const float (&z)[8], const PointwiseParams& p, uint4 y,
-                                     const Vector8& scale, const Vector8& shift) {
-  float before[8];
-  if (p.y) unpack<T>(before, y);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    if (!p.y) before[k] = scale.v[k] * z[k] + shift.v[k];
-    g[k] = before[k] <= 0.f ? 0.f : g[k];
+__device__ __forceinline__ void normalize_relu(const PointwiseParams& p) {
+  const int channel = first_channel();
+  if (channel >= p.C) return;
+  if (p.residual) {
+    normalize_rows<T, 3, true>(p, channel);
+  } else {
+    normalize_rows<T, 4, false>(p, channel);
   }
 }
 
-template <class T>
-__device__ __forceinline__ void bn_relu_dz(const PointwiseParams& p) {
-  const int channel = first_channel();
-  if (channel >= p.C) return;
-  const Vector8 scale(p.scale + channel), shift(p.shift + channel), a(p.a + channel);
-  Vector8 b = a, c = a;  // used only if given
-  if (p.b) b = Vector8(p.b + channel), c = Vector8(p.c + channel);
-  uint4 dy[kFlight], z[kFlight], y[kFlight];
-  each_row<kFlight>(
+// The ReLU's mask: of the result y, or of scale * z + shift.
+template <bool kFromY>
+struct Mask;
+template <>
+struct Mask<true> {
+  __device__ __forceinline__ Mask(const PointwiseParams&, int) {}
+  __device__ __forceinline__ bool passes(int, float, float y) const { return !(y <= 0.f); }
+};
+template <>
+struct Mask<false> {
+  Vector8 scale, shift;
+  __device__ __forceinline__ Mask(const PointwiseParams& p, int channel)
+      : scale(p.scale + channel), shift(p.shift + channel) {}
+  __device__ __forceinline__ bool passes(int k, float z, float) const { return !(scale.v[k] * z + shift.v[k] <= 0.f); }
+};
+
+// Calls use(element, g, z) for each row's eight channels, kAhead rows in flight.
+template <class T, int kAhead, bool kFromY, class Use>
+__device__ __forceinline__ void each_gradient(const PointwiseParams& p, int channel, Use use) {
+  const Mask<kFromY> mask(p, channel);
+  uint4 dy[kAhead], z[kAhead], y[kAhead];
+  each_row<kAhead>(
       p, channel,
       [&](int i, int64_t element) {
         dy[i] = load<T>(p.dy, element);
         z[i] = load<T>(p.z, element);
-        if (p.y) y[i] = load<T>(p.y, element);
+        if (kFromY) y[i] = load<T>(p.y, element);
       },
       [&](int i, int64_t element) {
-        float g[8], v[8];
+        float g[8], v[8], result[8] = {};
         unpack<T>(g, dy[i]);
         unpack<T>(v, z[i]);
-        mask<T>(g, v, p, y[i], scale, shift);
+        if (kFromY) unpack<T>(result, y[i]);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          g[k] *= a.v[k];
-          if (p.b) g[k] += b.v[k] * v[k] + c.v[k];
-        }
-        store<T>(p.out, element, pack<T>(g));
+        for (int k = 0; k < 8; ++k) g[k] = mask.passes(k, v[k], result[k]) ? g[k] : 0.f;
+        use(element, g, v);
       });
 }
 
+template <class T, int kAhead, bool kFromY>
+__device__ __forceinline__ void dz_rows(const PointwiseParams& p, int channel) {
+  const Vector8 a(p.a + channel);
+  Vector8 b = a, c = a;  // used only if given
+  if (p.b) b = Vector8(p.b + channel), c = Vector8(p.c + channel);
+  each_gradient<T, kAhead, kFromY>(p, channel, [&](int64_t element, float(&g)[8], const float(&z)[8]) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      g[k] *= a.v[k];
+      if (p.b) g[k] += b.v[k] * z[k] + c.v[k];
+    }
+    store<T>(p.out, element, pack<T>(g));
+  });
+}
+template <class T>
+__device__ __forceinline__ void bn_relu_dz(const PointwiseParams& p) {
+  const int channel = first_channel();
+  if (channel >= p.C) return;
+  if (p.y) {
+    dz_rows<T, 4, true>(p, channel);
+  } else {
+    dz_rows<T, 4, false>(p, channel);
+  }
+}
+
+template <class T, int kAhead, bool kFromY>
+__device__ __forceinline__ void sum_rows(const PointwiseParams& p, int channel, float (&sum_g)[8], float (&sum_gz)[8]) {
+  const Vector8 mean(p.mean + channel);
+  each_gradient<T, kAhead, kFromY>(p, channel, [&](int64_t element, const float(&g)[8], const float(&z)[8]) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      sum_g[k] += g[k];
+      sum_gz[k] += g[k] * (z[k] - mean.v[k]);
+    }
+    if (kFromY && p.out) store<T>(p.out, element, pack<T>(g));
+  });
+}
 template <class T>
 __device__ __forceinline__ void bn_relu_sums(const PointwiseParams& p) {
-  __shared__ alignas(16) float shared[kRows][2][8 * kSlots];
-  const int channel = first_channel(), row = threadIdx.x / kSlots, column = threadIdx.x % kSlots * 8;
-  float sum_g[8] = {}, sum_g_xhat[8] = {};
+  __shared__ alignas(16) float shared[kWarps][2][8 * kSlots];
+  const int channel = first_channel(), column = threadIdx.x % kSlots * 8;
+  float sum_g[8] = {}, sum_gz[8] = {};
   if (channel < p.C) {
-    const Vector8 scale(p.scale + channel), shift(p.shift + channel), mean(p.mean + channel), rstd(p.rstd + channel);
-    uint4 dy[kSumsFlight], z[kSumsFlight], y[kSumsFlight];
-    each_row<kSumsFlight>(
-        p, channel,
-        [&](int i, int64_t element) {
-          dy[i] = load<T>(p.dy, element);
-          z[i] = load<T>(p.z, element);
-          if (p.y) y[i] = load<T>(p.y, element);
-        },
-        [&](int i, int64_t) {
-          float g[8], v[8];
-          unpack<T>(g, dy[i]);
-          unpack<T>(v, z[i]);
-          mask<T>(g, v, p, y[i], scale, shift);
-#pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            sum_g[k] += g[k];
-            sum_g_xhat[k] += g[k] * ((v[k] - mean.v[k]) * rstd.v[k]);
-          }
-        });
+    if (p.y) {
+      sum_rows<T, 2, true>(p, channel, sum_g, sum_gz);
+    } else {
+      sum_rows<T, 3, false>(p, channel, sum_g, sum_gz);
+    }
   }
-  store_row(&shared[row][0][column], sum_g);
-  store_row(&shared[row][1][column], sum_g_xhat);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) sum_g[k] = over_warp(Sum{sum_g[k]}).value, sum_gz[k] = over_warp(Sum{sum_gz[k]}).value;
+  if (threadIdx.x % 32 < kSlots) {
+    store_row(&shared[threadIdx.x / 32][0][column], sum_g);
+    store_row(&shared[threadIdx.x / 32][1][column], sum_gz);
+  }
   __syncthreads();
   const int which = threadIdx.x / 64, out = blockIdx.x * 64 + threadIdx.x % 64;
   if (which > 1 || out >= p.C) return;
   float total = 0.f;
-  for (int r = 0; r < kRows; ++r) total += shared[r][which][threadIdx.x % 64];
-  p.partial[(static_cast<int64_t>(blockIdx.y) * 2 + which) * p.C + out] = total;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total += shared[warp][which][threadIdx.x % 64];
+  p.partial[(static_cast<int64_t>(blockIdx.y) * 2 + which) * p.C + out] = which ? total * p.rstd[out] : total;
 }
 
 template <class T>
 __device__ __forceinline__ void moments(const PointwiseParams& p) {
-  __shared__ alignas(16) float shared[kRows][3][8 * kSlots];
-  __shared__ float counts[kRows];
-  const int channel = first_channel(), row = threadIdx.x / kSlots, column = threadIdx.x % kSlots * 8;
+  __shared__ alignas(16) float shared[kWarps][3][8 * kSlots];
+  __shared__ float counts[kWarps];
+  const int channel = first_channel(), column = threadIdx.x % kSlots * 8, warp = threadIdx.x / 32;
   float n = 0.f;
   Moments own[8];
-  uint4 z[kFlight];
-  each_row<kFlight>(
+  constexpr int kAhead = 4;
+  uint4 z[kAhead];
+  each_row<kAhead>(
       p, channel,
       [&](int i, int64_t element) {
         if (channel < p.C) z[i] = load<T>(p.z, element);
@@ -186,24 +257,24 @@ __device__ __forceinline__ void moments(const PointwiseParams& p) {
         for (int k = 0; k < 8; ++k) own[k].add(v[k], n, inverse);
       });
   float values[3][8];
+  CountedMoments all;
 #pragma unroll
-  for (int k = 0; k < 8; ++k) values[0][k] = own[k].origin, values[1][k] = own[k].mean, values[2][k] = own[k].m2;
-#pragma unroll
-  for (int i = 0; i < 3; ++i) store_row(&shared[row][i][column], values[i]);
-  if (column == 0) counts[row] = n;
-  __syncthreads();
-  const int out = blockIdx.x * 64 + threadIdx.x;
-  if (threadIdx.x >= 64 || out >= p.C) return;
-  float total = 0.f;
-  Moments all;
-  for (int r = 0; r < kRows; ++r) {
-    const auto& from = shared[r];
-    const Moments other{from[0][threadIdx.x], from[1][threadIdx.x], from[2][threadIdx.x]};
-    all.merge(total, counts[r], other);
-    total += counts[r];
+  for (int k = 0; k < 8; ++k) {
+    all = over_warp(CountedMoments{n, own[k]});
+    values[0][k] = all.moments.origin, values[1][k] = all.moments.mean, values[2][k] = all.moments.m2;
   }
+  if (threadIdx.x % 32 < kSlots) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) store_row(&shared[warp][i][column], values[i]);
+    if (column == 0) counts[warp] = all.n;
+  }
+  __syncthreads();
+  const int at = threadIdx.x, out = blockIdx.x * 64 + at;
+  if (at >= 64 || out >= p.C) return;
+  all = {};
+  for (int w = 0; w < kWarps; ++w) all.add({counts[w], {shared[w][0][at], shared[w][1][at], shared[w][2][at]}});
   float* to = p.partial + static_cast<int64_t>(blockIdx.y) * 4 * p.C + out;
-  to[0] = total, to[p.C] = all.origin, to[2 * p.C] = all.mean, to[3 * p.C] = all.m2;
+  to[0] = all.n, to[p.C] = all.moments.origin, to[2 * p.C] = all.moments.mean, to[3 * p.C] = all.moments.m2;
 }
 
 }  // namespace
@@ -211,77 +282,124 @@ __device__ __forceinline__ void moments(const PointwiseParams& p) {
 
 using namespace resnext_kernels::cuda;
 
-#define RK_DEFINE_POINTWISE(T, DTYPE, NAME)                       \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)       \
-      NAME##_##DTYPE(const __grid_constant__ PointwiseParams p) { \
-    NAME<T>(p);                                                   \
+#define RK_DEFINE_POINTWISE(T, DTYPE, NAME)                                 \
+  extern "C" __global__ void __launch_bounds__(kThreads, blocks_held::NAME) \
+      NAME##_##DTYPE(const __grid_constant__ PointwiseParams p) {           \
+    NAME<T>(p);                                                             \
   }
 RK_POINTWISE_KERNELS(RK_DEFINE_POINTWISE, __half, f16)
 RK_POINTWISE_KERNELS(RK_DEFINE_POINTWISE, __nv_bfloat16, bf16)
 
-// Second stages over `parts`. A block: 32 columns, each the work of up to 32 threads.
+// ---- Second stages over `parts` -------------------------------------------------------------------------------------
+//
+// A block: 8 columns (of dweight 8 x 4), so that a warp reads four whole sectors, and as many rows as it takes for a
+// thread to have about four parts, whose loads it issues at once.
+
+namespace resnext_kernels::cuda {
+namespace {
+
+// In the block's first row: what load(part) gives for all parts of a column together.
+template <class Value, class Load>
+__device__ __forceinline__ Value over_parts(int parts, bool in_range, Load load) {
+  __shared__ Value shared[1024 / 32][kReduceColumns];
+  const int column = threadIdx.x % kReduceColumns, row = threadIdx.x / kReduceColumns;
+  const int rows = blockDim.x / kReduceColumns, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  Value own;
+#pragma unroll 1
+  for (int part = in_range ? row : parts; part < parts; part += kReduceParts * rows) {
+    Value loaded[kReduceParts];
+#pragma unroll
+    for (int i = 0; i < kReduceParts; ++i) {
+      if (part + i * rows < parts) loaded[i] = load(part + i * rows);
+    }
+#pragma unroll
+    for (int i = 0; i < kReduceParts; ++i) own.add(loaded[i]);
+  }
+  own = over_warp(own);
+  if (threadIdx.x % 32 < kReduceColumns) shared[warp][column] = own;
+  __syncthreads();
+  Value all;
+  if (warp == 0) {
+#pragma unroll 1
+    for (int w = row; w < warps; w += 32 / kReduceColumns) all.add(shared[w][column]);
+    all = over_warp(all);
+  }
+  return all;
+}
+
+// (parts, K, D, 9) -> out0 in T; size is a multiple of 8.
+template <class T>
+__device__ __forceinline__ void add_dweight(const ReduceParams& p) {
+  const int64_t i = (blockIdx.x * static_cast<int64_t>(kReduceColumns) + threadIdx.x % kReduceColumns) * 4;
+  const Sum4 sum = over_parts<Sum4>(p.parts, i < p.size, [&](int part) {
+    const float4 v = *reinterpret_cast<const float4*>(p.partial + part * p.size + i);
+    return Sum4{{v.x, v.y, v.z, v.w}};
+  });
+  if (threadIdx.x >= kReduceColumns || i >= p.size) return;
+  T* out = static_cast<T*>(p.out0);
+  if (!p.D) {
+    *reinterpret_cast<uint2*>(out + i) =
+        make_uint2(pack<T>(sum.value[0], sum.value[1]), pack<T>(sum.value[2], sum.value[3]));
+    return;
+  }
+  const int size = 9 * p.D;  // of a row; four elements may reach into the next
+  const int64_t row = i / size * size;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int next = i + e - row < size ? 0 : size, at = static_cast<int>(i + e - row) - next;
+    out[row + next + at % 9 * p.D + at / 9] = T(sum.value[e]);
+  }
+}
+
+}  // namespace
+}  // namespace resnext_kernels::cuda
 
 // (parts, 2, C) -> out0 (C), out1 (C); size == C.
-extern "C" __global__ void __launch_bounds__(1024) add_sums(const __grid_constant__ ReduceParams p) {
-  __shared__ float shared[32][33];
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32, rows = blockDim.x / 32;
-  const int64_t i = blockIdx.x * 32ll + lane;
-  float sum = 0.f;
-  if (i < 2 * p.size) {
-    for (int part = row; part < p.parts; part += rows) sum += p.partial[part * 2 * p.size + i];
-  }
-  shared[row][lane] = sum;
-  __syncthreads();
-  if (row || i >= 2 * p.size) return;
-  sum = 0.f;
-  for (int r = 0; r < rows; ++r) sum += shared[r][lane];
-  static_cast<float*>(i < p.size ? p.out0 : p.out1)[i < p.size ? i : i - p.size] = sum;
+extern "C" __global__ void __launch_bounds__(1024, 1) add_sums(const __grid_constant__ ReduceParams p) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kReduceColumns) + threadIdx.x % kReduceColumns;
+  const Sum sum =
+      over_parts<Sum>(p.parts, i < 2 * p.size, [&](int part) { return Sum{p.partial[part * 2 * p.size + i]}; });
+  if (threadIdx.x >= kReduceColumns || i >= 2 * p.size) return;
+  static_cast<float*>(i < p.size ? p.out0 : p.out1)[i < p.size ? i : i - p.size] = sum.value;
 }
 
 // (parts, 4, C) count and Moments -> out0 mean (C), out1 biased variance (C).
-extern "C" __global__ void __launch_bounds__(1024) finish_moments(const __grid_constant__ ReduceParams p) {
-  __shared__ float shared[4][32][33];
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32, rows = blockDim.x / 32;
-  const int64_t i = blockIdx.x * 32ll + lane;
-  float n = 0.f;
-  Moments own;
-  if (i < p.size) {
-    for (int part = row; part < p.parts; part += rows) {
-      const float* from = p.partial + part * 4 * p.size + i;
-      const Moments other{from[p.size], from[2 * p.size], from[3 * p.size]};
-      own.merge(n, from[0], other);
-      n += from[0];
-    }
-  }
-  shared[0][row][lane] = n, shared[1][row][lane] = own.origin;
-  shared[2][row][lane] = own.mean, shared[3][row][lane] = own.m2;
-  __syncthreads();
-  if (row || i >= p.size) return;
-  for (int r = 1; r < rows; ++r) {
-    const Moments other{shared[1][r][lane], shared[2][r][lane], shared[3][r][lane]};
-    own.merge(n, shared[0][r][lane], other);
-    n += shared[0][r][lane];
-  }
-  static_cast<float*>(p.out0)[i] = own.origin + own.mean;
-  static_cast<float*>(p.out1)[i] = n > 0.f ? own.m2 / n : 0.f;
+extern "C" __global__ void __launch_bounds__(1024, 1) finish_moments(const __grid_constant__ ReduceParams p) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kReduceColumns) + threadIdx.x % kReduceColumns;
+  const CountedMoments all = over_parts<CountedMoments>(p.parts, i < p.size, [&](int part) {
+    const float* from = p.partial + part * 4 * p.size + i;
+    return CountedMoments{from[0], {from[p.size], from[2 * p.size], from[3 * p.size]}};
+  });
+  if (threadIdx.x >= kReduceColumns || i >= p.size) return;
+  static_cast<float*>(p.out0)[i] = all.moments.origin + all.moments.mean;
+  static_cast<float*>(p.out1)[i] = all.n > 0.f ? all.moments.m2 / all.n : 0.f;
 }
 
-// (parts, size) -> out0 (size) in T; size is a multiple of 8.
-template <class T>
-__device__ __forceinline__ void add_dweight(const ReduceParams& p) {
-  const int64_t i = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) * 4;
-  if (i >= p.size) return;
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-  for (int part = 0; part < p.parts; ++part) {
-    const float4 v = *reinterpret_cast<const float4*>(p.partial + part * p.size + i);
-    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-  }
-  *reinterpret_cast<uint2*>(static_cast<T*>(p.out0) + i) = make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
-}
-extern "C" __global__ void __launch_bounds__(kThreads) add_dweight_f16(const __grid_constant__ ReduceParams p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_f16(const __grid_constant__ ReduceParams p) {
   add_dweight<__half>(p);
 }
-extern "C" __global__ void __launch_bounds__(kThreads) add_dweight_bf16(const __grid_constant__ ReduceParams p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_bf16(const __grid_constant__ ReduceParams p) {
   add_dweight<__nv_bfloat16>(p);
+}
+
+// ---- Vectors: a thread a channel ------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(kThreads) bn_vectors(const __grid_constant__ VectorsParams p) {
+  const BatchNormParams& bn = p.of[blockIdx.y];
+  const int c = blockIdx.x * kThreads + threadIdx.x;
+  if (c >= bn.C) return;
+  const float mean = bn.mean[c], var = bn.var[c], rstd = 1.f / sqrtf(var + bn.eps);
+  const float scale = bn.gamma ? bn.gamma[c] * rstd : rstd, shift = (bn.beta ? bn.beta[c] : 0.f) - mean * scale;
+  bn.affine[c] = scale, bn.affine[bn.C + c] = shift;
+  if (!bn.statistics) return;
+  bn.statistics[c] = mean, bn.statistics[bn.C + c] = bn.unbias * var, bn.statistics[2 * bn.C + c] = rstd;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    bn_gradient_vectors(const __grid_constant__ GradientVectorsParams p) {
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= p.C) return;
+  const float mean = p.vectors[i], rstd = p.vectors[2 * p.C + i], scale = p.vectors[3 * p.C + i];
+  const float sum_g = p.sum_g[i], of_mean = -scale / p.count, b = of_mean * rstd * p.sum_g_xhat[i];
+  p.out[i] = b, p.out[p.C + i] = of_mean * sum_g - b * mean;
 }

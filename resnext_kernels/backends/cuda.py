@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, in_format_of
+from ..problem import ConvProblem, weight_format
 from . import reference
 from .reference import (  # noqa: F401
     Affine,
+    BatchNorm,
     BNGradient,
-    bn_affine,
-    bn_gradient_vectors,
-    bn_vectors,
     conv1x1,
     conv1x1_backward,
 )
@@ -128,6 +126,11 @@ def _vector(like: Tensor, length: int) -> Tensor:
     return torch.empty(length, dtype=torch.float32, device=like.device)
 
 
+def _vectors(rows: int, like: Tensor) -> Tensor:
+    """(rows, C) for vectors of the length of `like`."""
+    return torch.empty((rows, like.shape[0]), dtype=torch.float32, device=like.device)
+
+
 def _out(x: Tensor, k: int, stride: int) -> Tensor:
     n, _, h, w = x.shape
     shape = (n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
@@ -175,7 +178,29 @@ def conv_affine_relu(
     return y
 
 
-conv_bn_relu = reference.with_batch_norms(conv_affine_relu)
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNorm,
+    *,
+    residual: Tensor | None = None,
+    prologue: BatchNorm | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
+    affine, *in_affine = _affines(bn) if prologue is None else _affines(bn, prologue)
+    return conv_affine_relu(
+        x,
+        weight,
+        *affine,
+        residual=residual,
+        prologue=in_affine[0] if in_affine else None,
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+    )
 
 
 def conv_stats(
@@ -251,20 +276,41 @@ def bn_relu_backward(
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    return _sums(dy, z, (scale, shift), mean, rstd, y, None)
+
+
+def bn_residual_relu_backward(
+    dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y."""
+    g = torch.empty_like(z, memory_format=torch.channels_last)
+    return g, *_sums(dy, z, None, mean, rstd, y, g)
+
+
+def _sums(
+    dy: Tensor,
+    z: Tensor,
+    affine: Affine | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sums of bn_relu_backward; g, if given, is filled."""
     dy, z, y = _aligned(dy), _aligned(z), _maybe_aligned(y)
-    scale, shift, mean, rstd = map(_aligned, (scale, shift, mean, rstd))
+    affine, mean, rstd = _aligned_pair(affine), _aligned(mean), _aligned(rstd)
     sum_g, sum_g_xhat = _vector(z, z.shape[1]), _vector(z, z.shape[1])
     plan = _C.cuda_plan_bn_relu_backward(
         *_matrix(z),
         _ptr(dy),
         _ptr(z),
-        _ptr(scale),
-        _ptr(shift),
+        *_ptrs(affine),
         _ptr(y),
         _ptr(mean),
         _ptr(rstd),
         _ptr(sum_g),
         _ptr(sum_g_xhat),
+        _ptr(g),
     )
     _run(plan, z)
     return sum_g, sum_g_xhat
@@ -322,7 +368,9 @@ def conv_backward(
     z, scale, shift, a, b, c = map(_maybe_aligned, bn or (None,) * 6)
     prologue = _aligned_pair(prologue)
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
-    dweight = torch.empty_like(packed) if need_dweight else None
+    # (K, D, 3, 3), or (K, 3, 3, D) in memory
+    memory_format = weight_format(weight) or torch.contiguous_format
+    dweight = torch.empty_like(packed, memory_format=memory_format) if need_dweight else None
     plan = _C.cuda_plan_conv_backward(
         _problem(tuple(x.shape), weight.shape[0], groups, stride, dilation, x.dtype),
         _device(x.device),
@@ -339,9 +387,71 @@ def conv_backward(
         _ptr(packed),
         _ptr(dx),
         _ptr(dweight),
+        memory_format is torch.channels_last,
     )
     _run(plan, x)
-    return dx, None if dweight is None else in_format_of(weight, dweight)
+    return dx, dweight
+
+
+# Per-channel vectors: one kernel for each function ---------------------------------------------
+
+
+def _bn_ptrs(bn: BatchNorm) -> tuple[int, int, int, int, int, float]:
+    gamma, beta, mean, var, eps = bn
+    return mean.shape[0], _ptr(gamma), _ptr(beta), _ptr(mean), _ptr(var), eps
+
+
+def _dense_bn(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> BatchNorm:
+    return (
+        None if gamma is None else gamma.contiguous(),
+        None if beta is None else beta.contiguous(),
+        mean.contiguous(),
+        var.contiguous(),
+        eps,
+    )
+
+
+def _affines(*bns: BatchNorm) -> list[Affine]:
+    """bn_affine of one or two BatchNorms, in one launch."""
+    bns = tuple(_dense_bn(*bn) for bn in bns)
+    affines = [_vectors(2, bn[2]) for bn in bns]
+    of = [(_bn_ptrs(bn), _ptr(affine)) for bn, affine in zip(bns, affines, strict=True)]
+    _run(_C.cuda_plan_bn_affine(of), affines[0])
+    return [(affine[0], affine[1]) for affine in affines]
+
+
+def bn_affine(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Affine:
+    """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
+    return _affines((gamma, beta, mean, var, eps))[0]
+
+
+def bn_vectors(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
+) -> Tensor:
+    """(5, C): mean, unbias * var, rstd, scale, shift."""
+    bn = _dense_bn(gamma, beta, mean, var, eps)
+    vectors = _vectors(5, mean)
+    _run(_C.cuda_plan_bn_vectors(_bn_ptrs(bn), unbias, _ptr(vectors)), vectors)
+    return vectors
+
+
+def bn_gradient_vectors(
+    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """b and c of dz = scale*g + b*z + c."""
+    b, c = both = _vectors(2, sum_g)
+    plan = _C.cuda_plan_bn_gradient_vectors(
+        sum_g.shape[0], _ptr(sum_g), _ptr(sum_g_xhat), _ptr(vectors), count, _ptr(both)
+    )
+    _run(plan, both)
+    return b, c
+
+
+# With what is ATen's ---------------------------------------------------------------------------
 
 
 def _of_any_channels(kernel: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
@@ -361,5 +471,3 @@ conv1x1_affine_relu = partial(
 conv1x1_stats = partial(
     reference.conv1x1_stats, statistics=_of_any_channels(batch_stats, reference.batch_stats)
 )
-# So is the mask behind a residual ATen's.
-bn_residual_relu_backward = partial(reference.bn_residual_relu_backward, sums=bn_relu_backward)
