@@ -219,13 +219,13 @@ def cuda_compiled() -> bool: ...
 def cuda_why_not(problem: ConvProblem) -> str: ...
 def cuda_device(index: int) -> CudaDevice: ...
 def cuda_run(plan: CudaPlan, workspace: int, device: int, stream: int, /) -> None: ...
-def cuda_plan_conv_affine_relu(
+def cuda_plan_conv_bn_relu(
     problem: ConvProblem,
     device: CudaDevice,
     x: int,
     weight: int,
-    scale: int,
-    shift: int,
+    channels_last: bool,
+    bn: tuple[int, int, int, int, int, float],
     residual: int,
     in_scale: int,
     in_shift: int,
@@ -237,6 +237,7 @@ def cuda_plan_conv_stats(
     device: CudaDevice,
     x: int,
     weight: int,
+    channels_last: bool,
     in_scale: int,
     in_shift: int,
     z: int,
@@ -259,9 +260,9 @@ def cuda_plan_conv_backward(
     in_scale: int,
     in_shift: int,
     weight: int,
+    channels_last: bool,
     dx: int,
     dweight: int,
-    channels_last: bool,
     /,
 ) -> CudaPlan: ...
 def cuda_plan_batch_stats(
@@ -316,9 +317,7 @@ def cuda_plan_bn_relu_input_gradient(
 ) -> CudaPlan: ...
 
 # A BatchNorm: C, gamma, beta, mean, var, eps
-def cuda_plan_bn_affine(
-    bns: list[tuple[tuple[int, int, int, int, int, float], int]], /
-) -> CudaPlan: ...
+def cuda_plan_bn_affine(bn: tuple[int, int, int, int, int, float], affine: int, /) -> CudaPlan: ...
 def cuda_plan_bn_vectors(
     bn: tuple[int, int, int, int, int, float], unbias: float, vectors: int, /
 ) -> CudaPlan: ...

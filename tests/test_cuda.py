@@ -46,13 +46,14 @@ def problem_of(case: Case, dtype: torch.dtype = F16) -> _C.ConvProblem:
 def plans_of(case: Case, device: _C.CudaDevice, dtype: torch.dtype) -> list[_C.CudaPlan]:
     """With every option in turn; the addresses are never used."""
     p, at = problem_of(case, dtype), 1 << 12
+    bn = (case.k, at, at, at, at, 1e-5)
     plans = [
-        _C.cuda_plan_conv_affine_relu(p, device, at, at, at, at, residual, at, at, at)
+        _C.cuda_plan_conv_bn_relu(p, device, at, at, False, bn, residual, at, at, at)
         for residual in (0, at)
     ]
-    plans += [_C.cuda_plan_conv_stats(p, device, at, at, 0, 0, at, v, v) for v in (0, at)]
+    plans += [_C.cuda_plan_conv_stats(p, device, at, at, False, 0, 0, at, v, v) for v in (0, at)]
     for y, dx, dweight, last in itertools.product((0, at), repeat=4):
-        rest = (at, at, at, at, dx, dweight, bool(last))
+        rest = (at, at, at, at, bool(last), dx, dweight)
         plans.append(_C.cuda_plan_conv_backward(p, device, at, at, at, at, y, at, at, at, *rest))
     return plans
 
@@ -173,7 +174,7 @@ def operation(
 @pytest.mark.parametrize("prologue", [False, True])
 def test_launches_of_an_operation_in_evaluation(recorder: Recorder, prologue: bool) -> None:
     launched = operation(recorder, training=False, prologue=prologue)
-    assert launched == ["bn_vectors", f"{CONV}_eval"]
+    assert launched == ["bn_vectors"] * prologue + [f"{CONV}_eval"]
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -220,7 +221,7 @@ def test_a_plan_refuses_what_is_not_served() -> None:
     device = device_of("A100")
     with pytest.raises(ValueError, match="stride must be 1 or 2, not 3"):
         _C.cuda_plan_conv_stats(
-            problem_of(Case(1, 64, 8, 8, groups=16, stride=3)), device, *[16] * 7
+            problem_of(Case(1, 64, 8, 8, groups=16, stride=3)), device, 16, 16, False, *[16] * 5
         )
 
 

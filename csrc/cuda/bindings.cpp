@@ -48,24 +48,25 @@ void bind(py::module_& m) {
       .def_readonly("workspace_floats", &Plan::workspace_floats);
 
   m.def("cuda_why_not", &why_not, py::arg("problem"), "Why the CUDA kernels do not take a problem; '' if they do.");
-  m.def("cuda_plan_conv_affine_relu",
-        [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight, Pointer scale, Pointer shift,
-           Pointer residual, Pointer in_scale, Pointer in_shift, Pointer y) {
-          return plan_conv_affine_relu(problem, device, in(x), in(weight), affine(scale, shift), in(residual),
-                                       affine(in_scale, in_shift), out(y));
+  m.def("cuda_plan_conv_bn_relu",
+        [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight, bool channels_last,
+           const BatchNormPointers& bn, Pointer residual, Pointer in_scale, Pointer in_shift, Pointer y) {
+          return plan_conv_bn_relu(problem, device, in(x), {in(weight), channels_last}, batch_norm(bn), in(residual),
+                                   affine(in_scale, in_shift), out(y));
         });
-  m.def("cuda_plan_conv_stats", [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight,
-                                   Pointer in_scale, Pointer in_shift, Pointer z, Pointer mean, Pointer var) {
-    return plan_conv_stats(problem, device, in(x), in(weight), affine(in_scale, in_shift), out(z), out_vec(mean),
-                           out_vec(var));
-  });
+  m.def("cuda_plan_conv_stats",
+        [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight, bool channels_last,
+           Pointer in_scale, Pointer in_shift, Pointer z, Pointer mean, Pointer var) {
+          return plan_conv_stats(problem, device, in(x), {in(weight), channels_last}, affine(in_scale, in_shift),
+                                 out(z), out_vec(mean), out_vec(var));
+        });
   m.def("cuda_plan_conv_backward",
         [](const ConvProblem& problem, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
            Pointer y, Pointer a, Pointer b, Pointer c, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
-           Pointer dx, Pointer dweight, bool channels_last) {
+           bool channels_last, Pointer dx, Pointer dweight) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
-          return plan_conv_backward(problem, device, gradient, in(x), affine(in_scale, in_shift), in(weight), out(dx),
-                                    out(dweight), channels_last);
+          return plan_conv_backward(problem, device, gradient, in(x), affine(in_scale, in_shift),
+                                    {in(weight), channels_last}, out(dx), out(dweight));
         });
   m.def("cuda_plan_batch_stats",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer mean, Pointer var) {
@@ -90,11 +91,8 @@ void bind(py::module_& m) {
           const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
           return plan_bn_relu_input_gradient(static_cast<DType>(dtype), M, C, device, gradient, out(dz));
         });
-  m.def("cuda_plan_bn_affine", [](const std::vector<std::pair<BatchNormPointers, Pointer>>& bns) {
-    std::vector<std::pair<BatchNorm, float*>> found;
-    for (const auto& [bn, affine] : bns) found.emplace_back(batch_norm(bn), out_vec(affine));
-    return plan_bn_affine(found);
-  });
+  m.def("cuda_plan_bn_affine",
+        [](const BatchNormPointers& bn, Pointer affine) { return plan_bn_affine(batch_norm(bn), out_vec(affine)); });
   m.def("cuda_plan_bn_vectors", [](const BatchNormPointers& bn, float unbias, Pointer vectors) {
     return plan_bn_vectors(batch_norm(bn), unbias, out_vec(vectors));
   });

@@ -1,7 +1,6 @@
 // The grouped 3x3 convolution on tensor cores, forward and backward, NHWC, float16 or bfloat16, float32 sums.
 //
-//   eval       y = relu(out_scale * conv(a) + out_shift [+ side]), a = in or relu(in_scale * in + in_shift), zero
-//              outside the image
+//   eval       y = relu(bn(conv(a)) [+ side]), a = in or relu(in_scale * in + in_shift), zero outside the image
 //   forward    z = conv(a), and the moments of its channels
 //   backward   dz = a * g [+ b * z + c], g = dy where the ReLU passed, else 0
 //              dx = conv(dz) with the weights transposed and turned, dweight[tap] = sum dz shifted by tap * side
@@ -162,10 +161,14 @@ struct Conv {
   // The nine taps of one output and two input channels, counted from the block's first.
   __device__ __forceinline__ void taps(uint32_t (&to)[9], int out, int in) const {
     const int row = weight_row(), first = in - divide(out, p.group_magic) * p.D;
-    const unsigned origin = (out * row + first * 9) * 2, zeros = chunks * 8 * row * 2;
+    const unsigned origin = (out * row + first * p.weight_in) * 2, zeros = chunks * 8 * row * 2;
     const bool exists = out < chunks * 8;
     const auto from = [&](int i) { return exists && static_cast<unsigned>(first + i) < static_cast<unsigned>(p.D); };
-    if (p.D % 2 == 0) {  // both channels are of one group, and their 18 elements are nine words
+    if (p.D % 2 == 0 && p.weight_in == 1) {  // both channels are of one group: a word for each tap
+      const uint32_t at = ring + (from(0) ? origin : zeros), step = from(0) ? 2 * p.weight_tap : 0;
+#pragma unroll
+      for (int t = 0; t < 9; ++t) to[t] = load_shared_word(at + t * step);
+    } else if (p.D % 2 == 0) {  // their 18 elements are nine words
       const uint32_t at = ring + (from(0) ? origin : zeros);
       const uint32_t w[9] = {load_shared_word<0>(at),  load_shared_word<4>(at),  load_shared_word<8>(at),
                              load_shared_word<12>(at), load_shared_word<16>(at), load_shared_word<20>(at),
@@ -175,13 +178,16 @@ struct Conv {
         to[t] = __byte_perm(w[t / 2], w[(9 + t) / 2], t % 2 ? 0x5432 : 0x7610);
       }
     } else {
-      const uint32_t lo = ring + (from(0) ? origin : zeros), hi = ring + (from(1) ? origin + 18 : zeros);
+      const uint32_t lo = ring + (from(0) ? origin : zeros), hi = ring + (from(1) ? origin + 2 * p.weight_in : zeros);
+      const uint32_t lo_step = from(0) ? 2 * p.weight_tap : 0, hi_step = from(1) ? 2 * p.weight_tap : 0;
 #pragma unroll
-      for (int t = 0; t < 9; ++t) to[t] = load_shared_half(lo + 2 * t) | load_shared_half(hi + 2 * t) << 16;
+      for (int t = 0; t < 9; ++t) {
+        to[t] = load_shared_half(lo + t * lo_step) | load_shared_half(hi + t * hi_step) << 16;
+      }
     }
   }
 
-  // From global to shared memory as they lie there, (out channel, in channel, tap), then into fragments of mma.
+  // From global to shared memory as they lie there, the 9 D of an output channel together, then into fragments of mma.
   __device__ __forceinline__ void load_weights(Weights (&weights)[2]) const {
     const char* from = static_cast<const char*>(p.weight) + static_cast<int64_t>(channel0) * p.D * 18;
     const int pieces = chunks * p.D * 9;  // of 16 bytes
@@ -521,6 +527,10 @@ struct Conv {
   struct Epilogue {
     float scale[2][2], shift[2][2];  // [chunk][column]
   };
+  __device__ __forceinline__ ScaleAndShift batch_norm(int channel) const {
+    if (p.var) return scale_and_shift(p.gamma, p.beta, p.mean, p.var, p.eps, channel);
+    return {p.gamma[channel], p.beta[channel], 0.f};
+  }
   struct Nothing {};
   // What a pass keeps of the output's channels.
   using Columns =
@@ -801,12 +811,14 @@ struct Conv {
       if (!inside(y, x)) continue;
 #pragma unroll 1
       for (int i = 0; i < p.D; ++i) {
-        const int64_t pair = kForward ? int64_t{channel} * p.D + i : int64_t{group + i} * p.D + channel - group;
-        sum += exact_input(n, y, x, group + i) * element(p.weight, (pair * 9 + tap) * 2);
+        const int out = kForward ? channel : group + i, in = kForward ? i : channel - group;
+        const int64_t weight = int64_t{out} * p.D * 9 + in * p.weight_in + tap * p.weight_tap;
+        sum += exact_input(n, y, x, group + i) * element(p.weight, weight * 2);
       }
     }
     if constexpr (P == Pass::eval) {
-      sum = sum * p.out_scale[channel] + p.out_shift[channel];
+      const ScaleAndShift bn = batch_norm(channel);
+      sum = sum * bn.scale + bn.shift;
       if (p.side) sum += element(p.side, output_at(n, row, column, channel));
       sum = relu(sum);
     }
@@ -873,8 +885,8 @@ struct Conv {
           const int channel = channel0 + (2 * pair + j) * 8 + lane % 4 * 2;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            columns.scale[j][e] = __ldg(p.out_scale + channel + e);
-            columns.shift[j][e] = __ldg(p.out_shift + channel + e);
+            const ScaleAndShift bn = batch_norm(channel + e);
+            columns.scale[j][e] = bn.scale, columns.shift[j][e] = bn.shift;
           }
         }
       }

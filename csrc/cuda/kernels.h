@@ -41,4 +41,4 @@
 #define RK_REDUCE_KERNELS(X) X(add_sums) X(finish_moments) X(add_dweight_f16) X(add_dweight_bf16)
 
 // X(NAME, PARAMS): per-channel vectors
-#define RK_VECTOR_KERNELS(X) X(bn_vectors, VectorsParams) X(bn_gradient_vectors, GradientVectorsParams)
+#define RK_VECTOR_KERNELS(X) X(bn_vectors, BatchNormParams) X(bn_gradient_vectors, GradientVectorsParams)

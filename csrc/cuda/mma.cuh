@@ -156,6 +156,16 @@ __device__ __forceinline__ float reciprocal(float v) {
   return y;
 }
 
+// Of one channel of a BatchNorm.
+struct ScaleAndShift {
+  float scale, shift, rstd;
+};
+__device__ __forceinline__ ScaleAndShift scale_and_shift(const float* gamma, const float* beta, const float* mean,
+                                                         const float* var, float eps, int channel) {
+  const float rstd = 1.f / sqrtf(var[channel] + eps), scale = gamma ? gamma[channel] * rstd : rstd;
+  return {scale, (beta ? beta[channel] : 0.f) - mean[channel] * scale, rstd};
+}
+
 // Eight consecutive floats of a per-channel vector.
 struct Vector8 {
   float v[8];

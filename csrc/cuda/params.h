@@ -55,18 +55,20 @@ struct ConvParams {
   const float* a;  // dz = a * g [+ b * z + c]
   const float* b;
   const float* c;
-  const void* weight;  // (K, D, 3, 3)
+  const void* weight;  // (K, D, 3, 3), or (K, 3, 3, D) in memory
   const void* side;
   const float* side_scale;
   const float* side_shift;
   void* out;
-  const float* out_scale;  // forward: relu(out_scale * conv + out_shift [+ residual]); null: conv alone
-  const float* out_shift;
+  // eval: the BatchNorm of the output, gamma and beta null: 1 and 0; with var null they are scale and shift
+  const float *gamma, *beta, *mean, *var;
+  float eps;
   float* stats;            // forward: (parts, 4, C) count and Moments; null: none
   float* dweight_partial;  // backward: (parts, K, D, 9); null: dweight is written directly
   void* dweight;           // null: not needed, unless dweight_partial
 
   int32_t N, C, D;
+  int32_t weight_in, weight_tap;  // elements from one input channel, one tap of the weight to the next
   int32_t in_h, in_w, out_h, out_w;
   int32_t block_chunks;             // chunks of a block's channels, the last block may have fewer
   int32_t slots;                    // chunks of a pixel that are filled in shared memory (zeros behind the block's own)
@@ -132,11 +134,6 @@ struct BatchNormParams {
   float* statistics;  // (3, C): mean, unbias * var, rstd; null: not needed
   float* affine;      // (2, C): scale, shift
   int32_t C;
-};
-
-// Of one or two of them: blockIdx.y.
-struct VectorsParams {
-  BatchNormParams of[2];
 };
 
 struct GradientVectorsParams {

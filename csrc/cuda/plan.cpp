@@ -194,18 +194,24 @@ void require(const ConvProblem& problem) {
   if (!reason.empty()) throw std::invalid_argument(reason);
 }
 
-ConvParams forward_params(const ConvProblem& problem, const void* x, const void* weight, Affine prologue, void* out) {
+void set_weight(ConvParams& p, Weight weight, int64_t D) {
+  p.weight = weight.data;
+  p.weight_in = weight.channels_last ? 1 : 9, p.weight_tap = weight.channels_last ? static_cast<int32_t>(D) : 1;
+}
+
+ConvParams forward_params(const ConvProblem& problem, const void* x, Weight weight, Affine prologue, void* out) {
   ConvParams p{};
-  p.in = x, p.weight = weight, p.out = out;
+  p.in = x, p.out = out;
+  set_weight(p, weight, problem.din());
   p.in_scale = prologue.scale, p.in_shift = prologue.shift;
   p.N = problem.N, p.C = problem.C, p.D = problem.din();
   p.in_h = problem.H, p.in_w = problem.W, p.out_h = problem.out_h(), p.out_w = problem.out_w();
   return p;
 }
 
-Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvParams& params, float* mean, float* var) {
+Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvParams& params, Pass pass, float* mean,
+                  float* var) {
   const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::s2;
-  const Pass pass = params.out_scale ? Pass::eval : Pass::forward;
   const Tiling t = tile(params, g, pass, device);
   Plan plan;
   plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
@@ -238,30 +244,30 @@ std::string why_not(const ConvProblem& p) {
   return "";
 }
 
-Plan plan_conv_affine_relu(const ConvProblem& problem, const Device& device, const void* x, const void* weight,
-                           Affine affine, const void* residual, Affine prologue, void* y) {
+Plan plan_conv_bn_relu(const ConvProblem& problem, const Device& device, const void* x, Weight weight,
+                       const BatchNorm& bn, const void* residual, Affine prologue, void* y) {
   require(problem);
   ConvParams p = forward_params(problem, x, weight, prologue, y);
   p.side = residual;
-  p.out_scale = affine.scale, p.out_shift = affine.shift;
-  return plan_forward(problem, device, p, nullptr, nullptr);
+  p.gamma = bn.gamma, p.beta = bn.beta, p.mean = bn.mean, p.var = bn.var, p.eps = bn.eps;
+  return plan_forward(problem, device, p, Pass::eval, nullptr, nullptr);
 }
 
-Plan plan_conv_stats(const ConvProblem& problem, const Device& device, const void* x, const void* weight,
-                     Affine prologue, void* z, float* mean, float* var) {
+Plan plan_conv_stats(const ConvProblem& problem, const Device& device, const void* x, Weight weight, Affine prologue,
+                     void* z, float* mean, float* var) {
   require(problem);
-  return plan_forward(problem, device, forward_params(problem, x, weight, prologue, z), mean, var);
+  return plan_forward(problem, device, forward_params(problem, x, weight, prologue, z), Pass::forward, mean, var);
 }
 
 Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const Gradient& gradient, const void* x,
-                        Affine prologue, const void* weight, void* dx, void* dweight, bool channels_last) {
+                        Affine prologue, Weight weight, void* dx, void* dweight) {
   require(problem);
   const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::t2;
   ConvParams p{};
   p.in = gradient.dy, p.in_z = gradient.z, p.in_y = gradient.y;
   p.in_scale = gradient.affine.scale, p.in_shift = gradient.affine.shift;
   p.a = gradient.a, p.b = gradient.b, p.c = gradient.c;
-  p.weight = weight;
+  set_weight(p, weight, problem.din());
   p.N = problem.N, p.C = problem.C, p.D = problem.din();
   p.in_h = problem.out_h(), p.in_w = problem.out_w(), p.out_h = problem.H, p.out_w = problem.W;
 
@@ -271,14 +277,14 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
     q.out = wants_dx ? dx : nullptr;
     if (wants_dweight) q.side = x, q.side_scale = prologue.scale, q.side_shift = prologue.shift, q.dweight = dweight;
     Tiling t = tile(q, g, pass, device);
-    const bool reduces = wants_dweight && (t.parts() > 1 || channels_last);
+    const bool reduces = wants_dweight && (t.parts() > 1 || weight.channels_last);
     if (reduces) t.params.dweight = nullptr;
     plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
     if (!reduces) return;
     const int64_t size = problem.K * problem.din() * 9;
     plan.workspace_floats = size * t.parts();
     plan.launches.back().workspace_at = offsetof(ConvParams, dweight_partial);
-    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts(), channels_last ? p.D : 0};
+    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts(), weight.channels_last ? p.D : 0};
     plan.launches.push_back(reduce_launch("add_dweight_" + name_of(problem.dtype), ceil_div<int64_t>(size, 4), reduce));
   };
   if (band(p.D, block_chunks(p.D)) < 8) {
@@ -366,36 +372,29 @@ BatchNormParams batch_norm_params(const BatchNorm& bn, float* affine) {
 }
 
 template <class Params>
-Plan vectors_plan(const char* kernel, int64_t C, unsigned bns, const Params& params) {
+Plan vectors_plan(const char* kernel, int64_t C, const Params& params) {
   Plan plan;
   plan.launches.push_back(
-      launch(kernel, {static_cast<unsigned>(ceil_div<int64_t>(C, kThreads)), bns, 1}, kThreads, 0, params));
+      launch(kernel, {static_cast<unsigned>(ceil_div<int64_t>(C, kThreads)), 1, 1}, kThreads, 0, params));
   return plan;
 }
 
 }  // namespace
 
-Plan plan_bn_affine(const std::vector<std::pair<BatchNorm, float*>>& bns) {
-  VectorsParams params{};
-  if (bns.size() > std::size(params.of)) throw std::invalid_argument("two BatchNorms at most");
-  int64_t C = 0;
-  for (size_t i = 0; i < bns.size(); ++i) {
-    params.of[i] = batch_norm_params(bns[i].first, bns[i].second);
-    C = std::max(C, bns[i].first.C);
-  }
-  return vectors_plan("bn_vectors", C, static_cast<unsigned>(bns.size()), params);
+Plan plan_bn_affine(const BatchNorm& bn, float* affine) {
+  return vectors_plan("bn_vectors", bn.C, batch_norm_params(bn, affine));
 }
 
 Plan plan_bn_vectors(const BatchNorm& bn, float unbias, float* vectors) {
-  VectorsParams params{{batch_norm_params(bn, vectors + 3 * bn.C)}};
-  params.of[0].unbias = unbias, params.of[0].statistics = vectors;
-  return vectors_plan("bn_vectors", bn.C, 1, params);
+  BatchNormParams params = batch_norm_params(bn, vectors + 3 * bn.C);
+  params.unbias = unbias, params.statistics = vectors;
+  return vectors_plan("bn_vectors", bn.C, params);
 }
 
 Plan plan_bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
                               float* b_and_c) {
   const GradientVectorsParams params{sum_g, sum_g_xhat, vectors, b_and_c, count, static_cast<int32_t>(C)};
-  return vectors_plan("bn_gradient_vectors", C, 1, params);
+  return vectors_plan("bn_gradient_vectors", C, params);
 }
 
 }  // namespace resnext_kernels::cuda

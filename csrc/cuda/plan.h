@@ -60,14 +60,21 @@ struct BatchNorm {
 // Why the convolution kernels do not take a problem; empty where they do.
 std::string why_not(const ConvProblem& problem);
 
-Plan plan_conv_affine_relu(const ConvProblem&, const Device&, const void* x, const void* weight, Affine affine,
-                           const void* residual, Affine prologue, void* y);
+// (K, D, 3, 3); channels_last: (K, 3, 3, D) in memory
+struct Weight {
+  const void* data;
+  bool channels_last;
+};
+
+// bn.var null: bn.gamma and bn.beta are scale and shift
+Plan plan_conv_bn_relu(const ConvProblem&, const Device&, const void* x, Weight weight, const BatchNorm& bn,
+                       const void* residual, Affine prologue, void* y);
 // mean null: no statistics
-Plan plan_conv_stats(const ConvProblem&, const Device&, const void* x, const void* weight, Affine prologue, void* z,
+Plan plan_conv_stats(const ConvProblem&, const Device&, const void* x, Weight weight, Affine prologue, void* z,
                      float* mean, float* var);
-// dx null, dweight null: not needed; channels_last: dweight is (K, 3, 3, D)
+// dx null, dweight null: not needed; dweight lies as the weight does
 Plan plan_conv_backward(const ConvProblem&, const Device&, const Gradient& gradient, const void* x, Affine prologue,
-                        const void* weight, void* dx, void* dweight, bool channels_last);
+                        Weight weight, void* dx, void* dweight);
 
 // z as an (M, C) matrix, C a multiple of 8
 Plan plan_batch_stats(DType, int64_t M, int64_t C, const Device&, const void* z, float* mean, float* var);
@@ -79,8 +86,8 @@ Plan plan_bn_relu_backward(DType, int64_t M, int64_t C, const Device&, const Gra
 Plan plan_bn_relu_input_gradient(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, void* dz);
 
 // Per-channel vectors, as the reference's functions of these names make them.
-// One or two BatchNorms, each with its result: (2, C) scale, shift
-Plan plan_bn_affine(const std::vector<std::pair<BatchNorm, float*>>& bns);
+// affine: (2, C) scale, shift
+Plan plan_bn_affine(const BatchNorm& bn, float* affine);
 // vectors: (5, C) mean, unbias * var, rstd, scale, shift
 Plan plan_bn_vectors(const BatchNorm& bn, float unbias, float* vectors);
 // b_and_c: (2, C)

@@ -384,15 +384,13 @@ extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_bf16(const __g
 
 // ---- Vectors: a thread a channel ------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kThreads) bn_vectors(const __grid_constant__ VectorsParams p) {
-  const BatchNormParams& bn = p.of[blockIdx.y];
+extern "C" __global__ void __launch_bounds__(kThreads) bn_vectors(const __grid_constant__ BatchNormParams bn) {
   const int c = blockIdx.x * kThreads + threadIdx.x;
   if (c >= bn.C) return;
-  const float mean = bn.mean[c], var = bn.var[c], rstd = 1.f / sqrtf(var + bn.eps);
-  const float scale = bn.gamma ? bn.gamma[c] * rstd : rstd, shift = (bn.beta ? bn.beta[c] : 0.f) - mean * scale;
-  bn.affine[c] = scale, bn.affine[bn.C + c] = shift;
+  const ScaleAndShift of = scale_and_shift(bn.gamma, bn.beta, bn.mean, bn.var, bn.eps, c);
+  bn.affine[c] = of.scale, bn.affine[bn.C + c] = of.shift;
   if (!bn.statistics) return;
-  bn.statistics[c] = mean, bn.statistics[bn.C + c] = bn.unbias * var, bn.statistics[2 * bn.C + c] = rstd;
+  bn.statistics[c] = bn.mean[c], bn.statistics[bn.C + c] = bn.unbias * bn.var[c], bn.statistics[2 * bn.C + c] = of.rstd;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)

@@ -34,6 +34,7 @@ NAME = "cuda"
 
 
 _DTYPE_CODES = {torch.bfloat16: 1, torch.float16: 2}
+_BNPtrs = tuple[int, int, int, int, int, float]  # channels, gamma, beta, mean, var, eps
 
 
 def why_not(problem: ConvProblem) -> str | None:
@@ -114,6 +115,13 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
+def _dense(weight: Tensor) -> tuple[Tensor, bool]:
+    """The weight, aligned, as (K, D, 3, 3), or True and as (K, 3, 3, D) in memory."""
+    memory_format = weight_format(weight)
+    weight = weight.contiguous() if memory_format is None else weight
+    return _aligned(weight), memory_format is torch.channels_last
+
+
 def _maybe_aligned(t: Tensor | None) -> Tensor | None:
     return None if t is None else _aligned(t)
 
@@ -159,23 +167,8 @@ def conv_affine_relu(
     dilation: int = 1,
 ) -> Tensor:
     """y = relu(scale * conv(x) + shift [+ residual])."""
-    k = weight.shape[0]
-    x, weight, residual = _aligned(x), _aligned(weight.contiguous()), _maybe_aligned(residual)
-    prologue = _aligned_pair(prologue)
-    y = _out(x, k, stride)
-    plan = _C.cuda_plan_conv_affine_relu(
-        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype),
-        _device(x.device),
-        _ptr(x),
-        _ptr(weight),
-        _ptr(scale),
-        _ptr(shift),
-        _ptr(residual),
-        *_ptrs(prologue),
-        _ptr(y),
-    )
-    _run(plan, x)
-    return y
+    given = (scale.shape[0], _ptr(scale), _ptr(shift), 0, 0, 0.0)
+    return _conv_bn_relu(x, weight, given, residual, prologue, stride, groups, dilation)
 
 
 def conv_bn_relu(
@@ -190,17 +183,39 @@ def conv_bn_relu(
     dilation: int = 1,
 ) -> Tensor:
     """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
-    affine, *in_affine = _affines(bn) if prologue is None else _affines(bn, prologue)
-    return conv_affine_relu(
-        x,
-        weight,
-        *affine,
-        residual=residual,
-        prologue=in_affine[0] if in_affine else None,
-        stride=stride,
-        groups=groups,
-        dilation=dilation,
+    bn = _dense_bn(*bn)
+    in_affine = None if prologue is None else bn_affine(*prologue)
+    return _conv_bn_relu(x, weight, _bn_ptrs(bn), residual, in_affine, stride, groups, dilation)
+
+
+def _conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn: _BNPtrs,
+    residual: Tensor | None,
+    prologue: Affine | None,
+    stride: int,
+    groups: int,
+    dilation: int,
+) -> Tensor:
+    """Without a variance, the first two vectors of `bn` are scale and shift."""
+    k = weight.shape[0]
+    x, residual, prologue = _aligned(x), _maybe_aligned(residual), _aligned_pair(prologue)
+    weight, channels_last = _dense(weight)
+    y = _out(x, k, stride)
+    plan = _C.cuda_plan_conv_bn_relu(
+        _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype),
+        _device(x.device),
+        _ptr(x),
+        _ptr(weight),
+        channels_last,
+        bn,
+        _ptr(residual),
+        *_ptrs(prologue),
+        _ptr(y),
     )
+    _run(plan, x)
+    return y
 
 
 def conv_stats(
@@ -215,7 +230,8 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(x), and the mean and biased variance of its channels if `stats`."""
     k = weight.shape[0]
-    x, weight, prologue = _aligned(x), _aligned(weight.contiguous()), _aligned_pair(prologue)
+    x, prologue = _aligned(x), _aligned_pair(prologue)
+    weight, channels_last = _dense(weight)
     z = _out(x, k, stride)
     mean, var = _vector(z, k * stats), _vector(z, k * stats)
     plan = _C.cuda_plan_conv_stats(
@@ -223,6 +239,7 @@ def conv_stats(
         _device(x.device),
         _ptr(x),
         _ptr(weight),
+        channels_last,
         *_ptrs(prologue),
         _ptr(z),
         _ptr(mean) if stats else 0,
@@ -364,13 +381,12 @@ def conv_backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
-    dy, x, y, packed = _aligned(dy), _aligned(x), _maybe_aligned(y), _aligned(weight.contiguous())
+    dy, x, y = _aligned(dy), _aligned(x), _maybe_aligned(y)
+    weight, channels_last = _dense(weight)
     z, scale, shift, a, b, c = map(_maybe_aligned, bn or (None,) * 6)
     prologue = _aligned_pair(prologue)
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
-    # (K, D, 3, 3), or (K, 3, 3, D) in memory
-    memory_format = weight_format(weight) or torch.contiguous_format
-    dweight = torch.empty_like(packed, memory_format=memory_format) if need_dweight else None
+    dweight = torch.empty_like(weight) if need_dweight else None
     plan = _C.cuda_plan_conv_backward(
         _problem(tuple(x.shape), weight.shape[0], groups, stride, dilation, x.dtype),
         _device(x.device),
@@ -384,10 +400,10 @@ def conv_backward(
         _ptr(c),
         _ptr(x),
         *_ptrs(prologue),
-        _ptr(packed),
+        _ptr(weight),
+        channels_last,
         _ptr(dx),
         _ptr(dweight),
-        memory_format is torch.channels_last,
     )
     _run(plan, x)
     return dx, dweight
@@ -396,7 +412,7 @@ def conv_backward(
 # Per-channel vectors: one kernel for each function ---------------------------------------------
 
 
-def _bn_ptrs(bn: BatchNorm) -> tuple[int, int, int, int, int, float]:
+def _bn_ptrs(bn: BatchNorm) -> _BNPtrs:
     gamma, beta, mean, var, eps = bn
     return mean.shape[0], _ptr(gamma), _ptr(beta), _ptr(mean), _ptr(var), eps
 
@@ -413,20 +429,14 @@ def _dense_bn(
     )
 
 
-def _affines(*bns: BatchNorm) -> list[Affine]:
-    """bn_affine of one or two BatchNorms, in one launch."""
-    bns = tuple(_dense_bn(*bn) for bn in bns)
-    affines = [_vectors(2, bn[2]) for bn in bns]
-    of = [(_bn_ptrs(bn), _ptr(affine)) for bn, affine in zip(bns, affines, strict=True)]
-    _run(_C.cuda_plan_bn_affine(of), affines[0])
-    return [(affine[0], affine[1]) for affine in affines]
-
-
 def bn_affine(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Affine:
     """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
-    return _affines((gamma, beta, mean, var, eps))[0]
+    bn = _dense_bn(gamma, beta, mean, var, eps)
+    scale, shift = affine = _vectors(2, mean)
+    _run(_C.cuda_plan_bn_affine(_bn_ptrs(bn), _ptr(affine)), affine)
+    return scale, shift
 
 
 def bn_vectors(
