@@ -65,11 +65,11 @@ struct Conv {
   // Warps: pairs of output chunks, and for each of them parts of the positions.
   static constexpr int kPairWarps = P == Pass::dweight && Q == 8 ? 2 : kSlots / 2, kParts = kWarps / kPairWarps;
   static constexpr int kSplits = Q <= 4 ? 2 : 1;  // of the positions, in dweight
-  static constexpr int kWarpTiles = (most_units(G, Q) / 2 + kParts - 1) / kParts;
+  static constexpr int kWarpTiles = (kMostUnits / 2 + kParts - 1) / kParts;
   // Threads: chunks of a pixel, and a run of pixels.
   static constexpr int kRun = kThreads / kSlots;
-  static constexpr int kInPlaces = (most_in_pixels(G, Q) + kRun - 1) / kRun;
-  static constexpr int kOutPlaces = (most_units(G, Q) * kUnit * kOutStride + kRun - 1) / kRun;
+  static constexpr int kInPlaces = (most_in_pixels(G) + kRun - 1) / kRun;
+  static constexpr int kOutPlaces = (kMostUnits * kUnit * kOutStride + kRun - 1) / kRun;
 
   // Of one output chunk. Q == 1: [row of taps][0: the two taps of a product of 16, 1: the tap alone].
   struct Weights {

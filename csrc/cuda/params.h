@@ -34,11 +34,10 @@ constexpr int out_stride(Geometry g) { return g == Geometry::t2 ? 2 : 1; }  // o
 constexpr int rows_per_step(Geometry g, int q) {                            // output rows made per step
   return rows_per_group(g, q) * out_stride(g) / in_stride(g);
 }
-// Of 8 positions in a row of a block; with Q == 4 four warps share the tiles of two.
-constexpr int most_units(Geometry g, int q) { return g == Geometry::s1 || q == 4 ? 8 : 4; }
+constexpr int kMostUnits = 8;  // of kUnit positions in a row of a block
 // Input pixels of a row in shared memory, of one stream.
 constexpr int pitch(Geometry g, int positions) { return positions * in_stride(g) + (g == Geometry::s1 ? 2 : 1); }
-constexpr int most_in_pixels(Geometry g, int q) { return most_units(g, q) * pitch(g, kUnit); }
+constexpr int most_in_pixels(Geometry g) { return kMostUnits * pitch(g, kUnit); }
 
 // One convolution pass. `in` is what the convolution reads, `out` what it writes, `side` is read where `out` is
 // written:

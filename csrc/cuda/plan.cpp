@@ -106,9 +106,9 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
   p.slots = std::min(slots(p.band), std::max((p.block_chunks + 1) / 2 * 2, p.band));
   p.steps = ceil_div(p.out_h, out_rows);
 
-  const int units = ceil_div(positions, kUnit), most = most_units(g, p.band);
+  const int units = ceil_div(positions, kUnit);
   const int resident = resident_blocks(p.band, pass), places = resident * device.multiprocessors;
-  const int soft_limit = std::min(device.shared_bytes, resident == 2 ? 80 * 1024 : 160 * 1024);
+  const int soft_limit = device.shared_bytes / resident - 1024;  // which the driver keeps of each block's
   const auto lay_out = [&](int width, int streams) {  // whether it fits
     p.units = width;
     p.streams = streams;
@@ -117,7 +117,7 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
     t.shared_bytes = shared_bytes(p, g, forward, dweight_only, p.out != nullptr);
     return t.shared_bytes <= soft_limit;
   };
-  int strips = ceil_div(units, most);
+  int strips = ceil_div(units, kMostUnits);
   while (!lay_out(ceil_div(units, strips), 1) && strips < units) ++strips;
   const int width = ceil_div(units, strips);
   p.strips = ceil_div(units, width);
@@ -133,7 +133,7 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
   const double partial_bytes = p.dweight ? 8.0 * p.C * p.D * 9 : 0;
   double best = -1;
   int best_streams = 1;
-  for (int streams = p.strips > 1 ? 1 : std::min(std::max(1, most / width), p.N); streams > 0; --streams) {
+  for (int streams = p.strips > 1 ? 1 : std::min(std::max(1, kMostUnits / width), p.N); streams > 0; --streams) {
     if (!lay_out(width, streams) && streams > 1) continue;
     const int image_groups = ceil_div(p.N, streams);
     // a turn costs its tiles of 16 positions, its input pixels, which threads fetch a run at a time, and whatever its
