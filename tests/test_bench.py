@@ -252,9 +252,6 @@ class FakeCuda:
 
     clock = 0.0
 
-    class Stream:
-        def wait_stream(self, other: Any) -> None: ...
-
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             self.at = 0.0
@@ -275,18 +272,18 @@ class FakeCuda:
             FakeCuda.clock += 1.0
 
     @staticmethod
-    def context(*_: Any, **__: Any) -> Any:
+    def capture(graph: CUDAGraph, stream: str) -> Any:
+        assert stream == "current"
         return nullcontext()
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeCuda]:
-    for name in ("Stream", "Event", "CUDAGraph"):
+    for name in ("Event", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, getattr(FakeCuda, name))
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeCuda.Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", FakeCuda.context)
-    monkeypatch.setattr(torch.cuda, "graph", FakeCuda.context)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCuda.capture)
     return FakeCuda
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -241,90 +241,6 @@ def test_errors_of_the_runtime_name_the_kernel() -> None:
     plan = _C.cuda_plan_batch_stats(2, 64, 64, device, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"CUDA kernel moments_f16: .+"):
         _C.cuda_run(plan, 0, 63, 0)
-
-
-# On a GPU ------------------------------------------------------------------------------------
-
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or not _C.cuda_compiled(),
-    reason="no GPU, or the compiled library was built without CUDA",
-)
-
-
-def layer_on(device: str) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
-    """The inputs of a training layer, and its passes: convolutions, statistics and reductions."""
-    torch.manual_seed(0)
-    x, dy = (
-        torch.randn(4, 128, 14, 14, dtype=F16).contiguous(memory_format=torch.channels_last)
-        for _ in range(2)
-    )
-    weight, vector = torch.randn(128, 4, 3, 3, dtype=F16) / 6, torch.rand(128) + 0.5
-    x, dy, weight, vector = inputs = [t.to(device) for t in (x, dy, weight, vector)]
-
-    def run() -> list[torch.Tensor]:
-        z, mean, var = cuda.conv_stats(x, weight, groups=32)
-        sums = cuda.bn_relu_backward(dy, z, vector, mean, mean, var)
-        gradients = cuda.conv_backward(
-            dy, x, weight, bn=(z, vector, mean, vector, mean, var), groups=32
-        )
-        return [z, mean, var, *sums, *(t for t in gradients if t is not None)]
-
-    return inputs, run
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))
-
-
-@needs_gpu
-def test_kernels_run_on_the_current_stream() -> None:
-    """Inputs that a busy stream is about to write are waited for, on that stream alone."""
-    inputs, run = layer_on("cuda")
-    expected = run()
-    late = [t.clone() for t in inputs]
-    for t in inputs:
-        t.zero_()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
-        for t, value in zip(inputs, late, strict=True):
-            t.copy_(value)
-        found = run()
-    stream.synchronize()
-    assert_same(found, expected)
-
-
-@needs_gpu
-def test_a_graph_is_captured_and_replayed() -> None:
-    """Nothing waits or allocates outside torch's memory; a replay reads what is there by then."""
-    inputs, run = layer_on("cuda")
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
-    inputs[0].mul_(2)
-    expected = run()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same(found, expected)
-
-
-@needs_gpu
-def test_kernels_run_on_the_device_of_their_tensors() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU only")
-    if len({torch.cuda.get_device_name(i) for i in range(2)}) > 1:
-        pytest.skip("the order of sums is the same on GPUs of one kind only")
-    results = []
-    for i in range(2):
-        run = layer_on(f"cuda:{i}")[1]
-        with torch.cuda.device(0):
-            results.append(run())
-            assert torch.cuda.current_device() == 0
-        assert all(t.device.index == i for t in results[-1])
-    assert_same(*results)
 
 
 # Machine code --------------------------------------------------------------------------------

@@ -256,6 +256,16 @@ def test_ieee_float32(
     contract.test_conv_backward(case, emulated)
 
 
+@each(on_triton([(Case(2, 64, 6, 5, groups=16), F32)], quick=(0,)))
+def test_float32_products_of_16_channels(
+    case: Case, emulated: EmulatedTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration of an older Triton."""
+    monkeypatch.setattr(triton, "_NARROW_FLOAT32", 16)
+    for function in OF_CONVOLUTIONS:
+        function(case, emulated)
+
+
 @each(on_triton([(Case(2, 64, 6, 5, groups=16), F16)], quick=(0,)))
 def test_more_pixels_than_a_second_axis_has_programs(
     case: Case, emulated: EmulatedTarget, monkeypatch: pytest.MonkeyPatch

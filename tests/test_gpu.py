@@ -65,13 +65,15 @@ def tensors(e: Exact) -> dict[str, Tensor]:
 
 
 def results(module: ModuleType, e: Exact) -> dict[str, Tensor]:
-    """Of every function of the contract."""
+    """Of every function of the contract but the 1x1 convolutions, which are torch's."""
     conv = e.case.conv
     prologue = (e.in_scale, e.in_shift)
+    bn = (e.scale, e.shift, e.mean, e.rstd**-2, 0.0)
     calls: dict[str, Callable[[], Any]] = {
         "conv_affine_relu": lambda: module.conv_affine_relu(
             e.x, e.weight, e.scale, e.shift, residual=e.residual, **conv
         ),
+        "conv_bn_relu": lambda: module.conv_bn_relu(e.x, e.weight, bn, residual=e.residual, **conv),
         "conv_stats": lambda: module.conv_stats(e.x, e.weight, prologue=prologue, **conv),
         "batch_stats": lambda: module.batch_stats(e.z),
         "normalize_relu": lambda: module.normalize_relu(
@@ -79,6 +81,9 @@ def results(module: ModuleType, e: Exact) -> dict[str, Tensor]:
         ),
         "bn_relu_backward": lambda: module.bn_relu_backward(
             e.dy, e.z, e.scale, e.shift, e.mean, e.rstd
+        ),
+        "bn_residual_relu_backward": lambda: module.bn_residual_relu_backward(
+            e.dy, e.z, e.residual, e.mean, e.rstd
         ),
         "bn_relu_input_gradient": lambda: module.bn_relu_input_gradient(
             e.dy, e.z, e.scale, e.shift, e.a, e.b, e.c
@@ -90,6 +95,11 @@ def results(module: ModuleType, e: Exact) -> dict[str, Tensor]:
             bn=(e.z, e.scale, e.shift, e.a, e.b, e.c),
             prologue=prologue,
             **conv,
+        ),
+        "bn_affine": lambda: module.bn_affine(*bn),
+        "bn_vectors": lambda: module.bn_vectors(*bn, 1.5),
+        "bn_gradient_vectors": lambda: module.bn_gradient_vectors(
+            e.a, e.b, torch.stack((e.mean, e.c, e.rstd, e.scale, e.shift)), 8
         ),
     }
     found: dict[str, Tensor] = {}
@@ -121,7 +131,7 @@ def test_results_are_those_of_every_function(case: Case) -> None:
     """On the CPU: no function is missing, and each result depends on what it should."""
     e = exact("reference", case, None)
     wanted = results(backends.select(Target("reference", F32).problem(case), "reference"), e)
-    assert len(wanted) == 12
+    assert len(wanted) == 21
     assert all(t.abs().max() > 0 for t in wanted.values())
     with pytest.raises(AssertionError):
         assert_same(wanted, wanted | {"batch_stats[0]": wanted["batch_stats[0]"] + 1})

@@ -298,8 +298,8 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
 
 namespace {
 
-// blocks_held: of the kernel on a multiprocessor
-PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device& device, int blocks_held) {
+// held: blocks of the kernel on a multiprocessor
+PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device& device, int held) {
   if (C % 8) throw std::invalid_argument("channels must be a multiple of 8, not " + std::to_string(C));
   PointwiseParams p{};
   p.dy = g.dy, p.z = g.z, p.y = g.y;
@@ -307,7 +307,7 @@ PointwiseParams pointwise(int64_t M, int64_t C, const Gradient& g, const Device&
   p.a = g.a, p.b = g.b, p.c = g.c;
   p.M = M, p.C = static_cast<int32_t>(C);
   const int64_t columns = ceil_div<int64_t>(C, 64), runs = ceil_div<int64_t>(M, kThreads / kMostSlots);
-  const int64_t blocks = int64_t{blocks_held} * device.multiprocessors;
+  const int64_t blocks = int64_t{held} * device.multiprocessors;
   p.parts = static_cast<int32_t>(std::max<int64_t>(1, std::min(runs, blocks / columns)));
   p.rows = static_cast<int32_t>(ceil_div<int64_t>(runs, p.parts));
   return p;

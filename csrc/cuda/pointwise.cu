@@ -342,11 +342,11 @@ __device__ __forceinline__ void add_dweight(const ReduceParams& p) {
         make_uint2(pack<T>(sum.value[0], sum.value[1]), pack<T>(sum.value[2], sum.value[3]));
     return;
   }
-  const int size = 9 * p.D;  // of a row; four elements may reach into the next
-  const int64_t row = i / size * size;
+  const int length = 9 * p.D;  // of a row; four elements may reach into the next
+  const int64_t row = i / length * length;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int next = i + e - row < size ? 0 : size, at = static_cast<int>(i + e - row) - next;
+    const int next = i + e - row < length ? 0 : length, at = static_cast<int>(i + e - row) - next;
     out[row + next + at % 9 * p.D + at / 9] = T(sum.value[e]);
   }
 }

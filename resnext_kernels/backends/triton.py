@@ -194,7 +194,7 @@ def _pow2(n: int, low: int) -> int:
 
 
 # Float32 channels of a product on NVIDIA. The matrix instructions take 8; Triton 3.6, which comes
-# with torch 2.11, refuses fewer than 16.
+# with torch 2.11, refuses fewer than 16, and groups of up to 8 channels are `_conv_kernel`'s there.
 _NARROW_FLOAT32 = 8 if _VERSION >= (3, 8) else 16
 
 # Rows that a program walks at most: one or two more are loaded, so long walks are cheap in traffic,
