@@ -198,6 +198,7 @@ def test_launches_of_an_operation_in_training(recorder: Recorder, residual: bool
         ({"groups": 1}, "at most 64"),
         ({"c": 144, "k": 144, "groups": 16}, "common multiple"),
         ({"n": 0}, "empty"),
+        ({"w": 2**17 + 1}, "wide"),
     ],
     ids=lambda v: str(v),
 )

@@ -42,7 +42,8 @@ constexpr int most_in_pixels(Geometry g) { return kMostUnits * pitch(g, kUnit); 
 // One convolution pass. `in` is what the convolution reads, `out` what it writes, `side` is read where `out` is
 // written:
 //             in                                  side                          out
-//   forward   x or relu(in_scale * x + in_shift)  residual, or absent           y or z
+//   eval      x or relu(in_scale * x + in_shift)  residual, or absent           y
+//   forward   the same                            absent                        z
 //   backward  dz, made of dy, z and vectors       x, for dweight (prologued     dx
 //                                                 by side_scale, side_shift)
 struct ConvParams {

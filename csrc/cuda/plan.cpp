@@ -107,8 +107,9 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
   p.steps = ceil_div(p.out_h, out_rows);
 
   const int units = ceil_div(positions, kUnit);
-  const int resident = resident_blocks(p.band, pass), places = resident * device.multiprocessors;
-  const int soft_limit = device.shared_bytes / resident - 1024;  // which the driver keeps of each block's
+  int places = resident_blocks(p.band, pass) * device.multiprocessors;
+  // of a multiprocessor's shared memory the driver keeps 1024 bytes for each block
+  const int soft_limit = (device.shared_bytes + 1024) / resident_blocks(p.band, pass) - 1024;
   const auto lay_out = [&](int width, int streams) {  // whether it fits
     p.units = width;
     p.streams = streams;
@@ -121,6 +122,7 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
   while (!lay_out(ceil_div(units, strips), 1) && strips < units) ++strips;
   const int width = ceil_div(units, strips);
   p.strips = ceil_div(units, width);
+  if (t.shared_bytes > soft_limit) places = device.multiprocessors;
   if (t.shared_bytes > device.shared_bytes) throw std::invalid_argument("the device has too little shared memory");
 
   t.channel_blocks = static_cast<unsigned>(ceil_div(p.C / 8, p.block_chunks));
@@ -239,8 +241,9 @@ std::string why_not(const ConvProblem& p) {
   if (std::lcm(p.din(), int64_t{8}) > 8 * kMostSlots) {
     return "channels per group must have a common multiple with 8 of at most 64, not " + std::to_string(p.din());
   }
-  const int64_t most = int64_t{1} << 30;
-  if (std::max({p.N, p.H, p.W, p.C}) > most) return "sizes must be at most 2**30";
+  const int64_t most = int64_t{1} << 30, widest = int64_t{1} << 17;
+  if (std::max({p.N, p.H, p.C}) > most) return "sizes must be at most 2**30";
+  if (p.W > widest) return "images must be at most 2**17 pixels wide, not " + std::to_string(p.W);
   return "";
 }
 
