@@ -112,6 +112,27 @@ def launches(p: ConvProblem) -> dict[str, TritonLaunch]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({}, False),
+        ({"groups": 1}, True),
+        ({"c": 160, "dtype": F16}, True),
+        ({"c": 160, "dtype": F32}, False),
+        ({"c": 64, "k": 160}, True),
+    ],
+    ids=str,
+)
+def test_wide_groups_in_half_precision_are_convolved_by_torch(
+    change: dict[str, Any], dense: bool
+) -> None:
+    p = dataclasses.replace(ConvProblem(2, 8, 8, 128, groups=2, dtype=F16), **change)
+    kernels = {launch.kernel.__name__ for launch in launches(p).values()}
+    of_convolutions = {name for name in kernels if name.startswith(("_conv", "_dweight"))}
+    assert dense == (not of_convolutions)
+    assert {"_normalize_relu_kernel", "_batch_stats_kernel"} <= kernels
+
+
 def compiled(launch: TritonLaunch, arch: int | str) -> Any:
     return launch.compiled("cuda" if isinstance(arch, int) else "hip", arch)
 

@@ -53,8 +53,9 @@ and then their sum in a fixed order: no atomics, and the same bits from run to r
 merged as means and squared deviations (Welford 1962; Chan, Golub & LeVeque 1979).
 
 Float32 products are IEEE, or TF32 where torch.backends.cudnn.allow_tf32 lets torch's own
-convolutions use it. One group is a dense convolution, which cuDNN is made for: it is used for
-groups == 1, with BatchNorm and ReLU around it from the kernels here.
+convolutions use it. One group is a dense convolution, which cuDNN is made for: it is used for one
+group, and in half precision for groups of more than 64 channels, with BatchNorm and ReLU around it
+from the kernels here.
 """
 
 from __future__ import annotations
@@ -1645,8 +1646,18 @@ def _walks_rows(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: i
     return config.rows > 0
 
 
+def _is_dense(weight: Tensor, groups: int) -> bool:
+    """Whether torch's own convolution is the faster one.
+
+    It is for one group, and in half precision for wide ones: on an H200, 28x28, 256 channels in 2
+    groups, 83 us with BatchNorm and ReLU against 238.
+    """
+    wide = weight.dtype != torch.float32 and max(weight.shape[1], weight.shape[0] // groups) > 64
+    return groups == 1 or wide
+
+
 def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[str, Any]) -> Tensor:
-    """z of one group, by torch's own convolution."""
+    """z by torch's own convolution."""
     if prologue is not None:
         x = normalize_relu(x, *prologue)
     return reference.conv_stats(x, weight, stats=False, **conv)[0]
@@ -1703,7 +1714,7 @@ def conv_affine_relu(
 ) -> Tensor:
     """y = relu(scale * conv(x) + shift [+ residual])."""
     conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
-    if groups == 1:
+    if _is_dense(weight, groups):
         return normalize_relu(
             _dense_conv(x, weight, prologue, conv), scale, shift, residual=residual
         )
@@ -1727,7 +1738,7 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(x), and the mean and biased variance of its channels if `stats`."""
     conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
-    if groups == 1:
+    if _is_dense(weight, groups):
         z = _dense_conv(x, weight, prologue, conv)
         if stats:
             return z, *batch_stats(z)
@@ -1985,7 +1996,7 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
     conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
-    if groups == 1:
+    if _is_dense(weight, groups):
         dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
         if prologue is not None and need_dweight:
             x = normalize_relu(x, *prologue)
