@@ -195,6 +195,8 @@ class TritonLaunch:
             elif isinstance(arg, Tensor):
                 signature[name] = "*" + _TRITON_TYPES[arg.dtype]
                 divisible.append(name)
+            elif isinstance(arg, float):
+                signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= arg < 2**31 else "i64"
                 if arg % 16 == 0 and name not in self._unspecialised:

@@ -206,21 +206,24 @@ def test_pointwise(case: Case, emulated: EmulatedTarget, function: Callable[...,
     function(case, emulated)
 
 
-on_emulated_cuda = pytest.mark.parametrize(
-    "emulated", [("cuda", F16, "A100")], indirect=True, ids=["f16-cuda-A100"]
+on_both = pytest.mark.parametrize(
+    "emulated",
+    [("cuda", F16, "A100"), ("triton", F16, "A100")],
+    indirect=True,
+    ids=["f16-cuda-A100", "f16-triton-A100"],
 )
 
 
 @pytest.mark.parametrize("affine", ["gamma beta", "gamma", "beta", ""])
 @pytest.mark.parametrize("channels", [1, 24, 2048])
-@on_emulated_cuda
+@on_both
 def test_vectors_of_a_batch_norm(channels: int, affine: str, emulated: EmulatedTarget) -> None:
     contract.test_vectors_of_a_batch_norm(channels, affine, emulated)
     contract.test_bn_gradient_vectors(channels, emulated)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@on_emulated_cuda
+@on_both
 def test_odd_values_in_the_vectors_of_a_batch_norm(value: float, emulated: EmulatedTarget) -> None:
     contract.test_odd_values_in_the_vectors_of_a_batch_norm(value, emulated)
 

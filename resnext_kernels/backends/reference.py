@@ -98,7 +98,9 @@ def conv_affine_relu(
     return normalize_relu(z, scale, shift, residual=residual)
 
 
-def with_batch_norms(conv_affine_relu: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_batch_norms(
+    conv_affine_relu: Callable[..., Tensor], bn_affine: Callable[..., Affine]
+) -> Callable[..., Tensor]:
     """A backend's conv_bn_relu: its conv_affine_relu of what bn_affine makes of the BatchNorms."""
 
     def conv_bn_relu(
@@ -125,9 +127,6 @@ def with_batch_norms(conv_affine_relu: Callable[..., Tensor]) -> Callable[..., T
         )
 
     return conv_bn_relu
-
-
-conv_bn_relu = with_batch_norms(conv_affine_relu)
 
 
 def conv_stats(
@@ -330,6 +329,9 @@ def bn_affine(
 ) -> Affine:
     """scale = gamma / sqrt(var + eps), shift = beta - mean * scale; None stands for 1 and 0."""
     return _scale_and_shift(gamma, beta, mean, torch.rsqrt(var + eps))
+
+
+conv_bn_relu = with_batch_norms(conv_affine_relu, bn_affine)
 
 
 def _scale_and_shift(

@@ -72,10 +72,8 @@ from ..problem import ConvProblem, in_format_of
 from . import reference, tuning
 from .reference import (  # noqa: F401
     Affine,
+    BatchNorm,
     BNGradient,
-    bn_affine,
-    bn_gradient_vectors,
-    bn_vectors,
     conv1x1,
     conv1x1_backward,
 )
@@ -1461,6 +1459,50 @@ def _input_gradient_kernel(
     tl.store(dz_ptr + offset, dz, mask=mask)
 
 
+@_jit
+def _load(ptr, channel, ok):
+    return tl.load(ptr + channel, mask=ok, other=0.0)
+
+
+@_jit
+def _bn_vectors_kernel(
+    gamma_ptr, beta_ptr, mean_ptr, var_ptr, statistics_ptr, affine_ptr, eps, unbias, C,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """statistics (3, C): mean, unbias * var, rstd; affine (2, C). Programs: (C / BLOCK,)."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = channel < C
+    mean, var = _load(mean_ptr, channel, ok), _load(var_ptr, channel, ok)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = _load(gamma_ptr, channel, ok) * rstd
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += _load(beta_ptr, channel, ok)
+    tl.store(affine_ptr + channel, scale, mask=ok)
+    tl.store(affine_ptr + C + channel, shift, mask=ok)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + channel, mean, mask=ok)
+        tl.store(statistics_ptr + C + channel, unbias * var, mask=ok)
+        tl.store(statistics_ptr + 2 * C + channel, rstd, mask=ok)
+
+
+@_jit
+def _bn_gradient_vectors_kernel(
+    sum_g_ptr, sum_g_xhat_ptr, mean_ptr, rstd_ptr, scale_ptr, out_ptr, of_mean, C,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (2, C): b and c, with of_mean = -1 / count. Programs: (C / BLOCK,)."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = channel < C
+    scale = of_mean * _load(scale_ptr, channel, ok)
+    b = scale * _load(rstd_ptr, channel, ok) * _load(sum_g_xhat_ptr, channel, ok)
+    c = scale * _load(sum_g_ptr, channel, ok) - b * _load(mean_ptr, channel, ok)
+    tl.store(out_ptr + channel, b, mask=ok)
+    tl.store(out_ptr + C + channel, c, mask=ok)
+
+
 # Launchers -----------------------------------------------------------------------------------
 
 # Programs that a reduction over pixels is cut into: about four for each multiprocessor of the
@@ -1723,7 +1765,62 @@ def conv_affine_relu(
     return y
 
 
-conv_bn_relu = reference.with_batch_norms(conv_affine_relu)
+_CHANNELS = 256  # of a program that makes vectors
+
+
+def _made_vectors(
+    bn: BatchNorm, statistics: Tensor | None, affine: Tensor, unbias: float = 1.0
+) -> None:
+    gamma, beta, mean, var = (None if t is None else t.contiguous() for t in bn[:4])
+    channels = bn[2].shape[0]
+    _launch(
+        _bn_vectors_kernel,
+        (triton.cdiv(channels, _CHANNELS),),
+        *(gamma, beta, mean, var, statistics, affine, float(bn[4]), float(unbias), channels),
+        BLOCK=_CHANNELS,
+        warps=4,
+        stages=1,
+    )
+
+
+def bn_affine(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Affine:
+    """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
+    affine = mean.new_empty((2, mean.shape[0]))
+    _made_vectors((gamma, beta, mean, var, eps), None, affine)
+    return affine[0], affine[1]
+
+
+def bn_vectors(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
+) -> Tensor:
+    """(5, C): mean, unbias * var, rstd, scale, shift."""
+    vectors = mean.new_empty((5, mean.shape[0]))
+    _made_vectors((gamma, beta, mean, var, eps), vectors[:3], vectors[3:], unbias)
+    return vectors
+
+
+def bn_gradient_vectors(
+    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """b and c of dz = scale*g + b*z + c."""
+    channels = sum_g.shape[0]
+    mean, _, rstd, scale, _ = vectors.unbind()
+    out = sum_g.new_empty((2, channels))
+    _launch(
+        _bn_gradient_vectors_kernel,
+        (triton.cdiv(channels, _CHANNELS),),
+        *(sum_g.contiguous(), sum_g_xhat.contiguous(), mean, rstd, scale, out, -1.0 / count),
+        channels,
+        BLOCK=_CHANNELS,
+        warps=4,
+        stages=1,
+    )
+    return out[0], out[1]
+
+
+conv_bn_relu = reference.with_batch_norms(conv_affine_relu, bn_affine)
 
 
 def conv_stats(
