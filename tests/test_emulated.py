@@ -426,7 +426,14 @@ class Far:
         size = [*launch.grid, 1, 1][:3]
         axes = [range(n) for n in size]
         of_pixels = size.index(max(size))
-        axes[of_pixels] = range(size[of_pixels] - 1, size[of_pixels])
+        last = 1  # program of the last pixels; several, where those of a block are neighbours
+        of = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
+        if name == "_dweight_kernel":
+            last = 3 * of["SRC_CHUNKS"] * of["DST_CHUNKS"]
+        elif of.get("FLAT"):
+            groups = of["DST_C"] // (of["DIN"] if of["TRANSPOSED"] else of["DOUT"])
+            last = -(-groups // (of["PACK"] * of["TILES"])) * of["DST_CHUNKS"]
+        axes[of_pixels] = range(size[of_pixels] - last, size[of_pixels])
         x, y, z = axes
         programs = [i + size[0] * (j + size[1] * k) for k in z for j in y for i in x]
         args = [
