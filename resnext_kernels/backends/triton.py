@@ -193,7 +193,7 @@ def _pow2(n: int, low: int) -> int:
 
 
 # Float32 channels of a product on NVIDIA. The matrix instructions take 8; Triton 3.6, which comes
-# with torch 2.11, refuses fewer than 16, and groups of up to 8 channels are `_conv_kernel`'s there.
+# with torch 2.11, refuses fewer than 16.
 _NARROW_FLOAT32 = 8 if _VERSION >= (3, 8) else 16
 
 # Rows that a program walks at most: one or two more are loaded, so long walks are cheap in traffic,
@@ -256,7 +256,7 @@ def _conv_config(
         stages = 1 if computed or (crowded and tiles < 4) else 2
         warps = tiles if tiles > 1 and (amd or exact) else 4  # two have too few registers
         return Config(pack, src, dst, tiles, p, rows, 1 if once else 2, warps, stages)
-    if by_rows and widest == 8:
+    if by_rows and not half and not amd and max(src_d, dst_d) <= 8 and widest == narrow:
         # float32, D = 4, 8: 8 warps have too few registers; for 4 ptxas leaves a stack on sm_90
         tiles = min(tiles, 2 if arch == 90 else 4)
         return Config(pack, src, dst, tiles, 16, rows, 1, tiles, 1)
