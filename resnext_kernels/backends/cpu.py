@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem
 from . import reference
-from .reference import Affine, BatchNorm, BNGradient
+from .reference import Affine, BatchNorm, BNGradient, dense_batch_norm
 
 try:
     from .. import _C
@@ -167,8 +167,8 @@ def conv_bn_relu(
     problem, shape, strides = _problem(
         x.shape, weight.shape[0], groups, stride, dilation, x.dtype, not weight.is_contiguous()
     )
-    bn = _dense_bn(*bn)
-    prologue = None if prologue is None else _dense_bn(*prologue)
+    bn = dense_batch_norm(bn)
+    prologue = None if prologue is None else dense_batch_norm(prologue)
     y = x.new_empty_strided(shape, strides)
     _C.conv_bn_relu(
         problem,
@@ -405,29 +405,7 @@ def normalize_relu(
     return y
 
 
-def bn_relu_backward(
-    dy: Tensor,
-    z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
-    return _bn_relu_backward(dy, z, (scale, shift), mean, rstd, y, None)
-
-
-def bn_residual_relu_backward(
-    dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y."""
-    g = torch.empty_like(z, memory_format=torch.channels_last)
-    return g, *_bn_relu_backward(dy, z, None, mean, rstd, y, g)
-
-
-def _bn_relu_backward(
+def _sums(
     dy: Tensor,
     z: Tensor,
     affine: Affine | None,
@@ -454,6 +432,9 @@ def _bn_relu_backward(
         torch.get_num_threads(),
     )
     return sum_g, sum_g_xhat
+
+
+bn_relu_backward, bn_residual_relu_backward = reference.with_sums(_sums)
 
 
 def bn_relu_input_gradient(
@@ -543,18 +524,6 @@ def conv_backward(
     return dx, dweight
 
 
-def _dense_bn(
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> BatchNorm:
-    return (
-        None if gamma is None else gamma.contiguous(),
-        None if beta is None else beta.contiguous(),
-        mean.contiguous(),
-        var.contiguous(),
-        eps,
-    )
-
-
 def _bn_ptrs(bn: BatchNorm) -> tuple[int, int, int, int, float]:
     gamma, beta, mean, var, eps = bn
     return _ptr(gamma), _ptr(beta), mean.data_ptr(), var.data_ptr(), eps
@@ -564,7 +533,7 @@ def bn_affine(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Affine:
     """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
-    bn = _dense_bn(gamma, beta, mean, var, eps)
+    bn = dense_batch_norm((gamma, beta, mean, var, eps))
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     _C.bn_affine(
         mean.shape[0],
@@ -579,7 +548,7 @@ def bn_vectors(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
 ) -> Tensor:
     """(5, C): mean, unbias * var, rstd, scale, shift."""
-    bn = _dense_bn(gamma, beta, mean, var, eps)
+    bn = dense_batch_norm((gamma, beta, mean, var, eps))
     channels = mean.shape[0]
     vectors = torch.empty((5, channels), dtype=torch.float32)
     _C.bn_vectors(

@@ -21,6 +21,7 @@ from .reference import (  # noqa: F401
     BNGradient,
     conv1x1,
     conv1x1_backward,
+    dense_batch_norm,
 )
 
 try:
@@ -183,7 +184,7 @@ def conv_bn_relu(
     dilation: int = 1,
 ) -> Tensor:
     """y = relu(bn(conv(x)) [+ residual]); the convolution reads x, or relu(prologue(x))."""
-    bn = _dense_bn(*bn)
+    bn = dense_batch_norm(bn)
     in_affine = None if prologue is None else bn_affine(*prologue)
     return _conv_bn_relu(x, weight, _bn_ptrs(bn), residual, in_affine, stride, groups, dilation)
 
@@ -282,28 +283,6 @@ def normalize_relu(
     return y
 
 
-def bn_relu_backward(
-    dy: Tensor,
-    z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
-    return _sums(dy, z, (scale, shift), mean, rstd, y, None)
-
-
-def bn_residual_relu_backward(
-    dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y."""
-    g = torch.empty_like(z, memory_format=torch.channels_last)
-    return g, *_sums(dy, z, None, mean, rstd, y, g)
-
-
 def _sums(
     dy: Tensor,
     z: Tensor,
@@ -313,7 +292,6 @@ def _sums(
     y: Tensor | None,
     g: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The sums of bn_relu_backward; g, if given, is filled."""
     dy, z, y = _aligned(dy), _aligned(z), _maybe_aligned(y)
     affine, mean, rstd = _aligned_pair(affine), _aligned(mean), _aligned(rstd)
     sum_g, sum_g_xhat = _vector(z, z.shape[1]), _vector(z, z.shape[1])
@@ -331,6 +309,9 @@ def _sums(
     )
     _run(plan, z)
     return sum_g, sum_g_xhat
+
+
+bn_relu_backward, bn_residual_relu_backward = reference.with_sums(_sums)
 
 
 def bn_relu_input_gradient(
@@ -417,23 +398,11 @@ def _bn_ptrs(bn: BatchNorm) -> _BNPtrs:
     return mean.shape[0], _ptr(gamma), _ptr(beta), _ptr(mean), _ptr(var), eps
 
 
-def _dense_bn(
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> BatchNorm:
-    return (
-        None if gamma is None else gamma.contiguous(),
-        None if beta is None else beta.contiguous(),
-        mean.contiguous(),
-        var.contiguous(),
-        eps,
-    )
-
-
 def bn_affine(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Affine:
     """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
-    bn = _dense_bn(gamma, beta, mean, var, eps)
+    bn = dense_batch_norm((gamma, beta, mean, var, eps))
     scale, shift = affine = _vectors(2, mean)
     _run(_C.cuda_plan_bn_affine(_bn_ptrs(bn), _ptr(affine)), affine)
     return scale, shift
@@ -443,7 +412,7 @@ def bn_vectors(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, unbias: float
 ) -> Tensor:
     """(5, C): mean, unbias * var, rstd, scale, shift."""
-    bn = _dense_bn(gamma, beta, mean, var, eps)
+    bn = dense_batch_norm((gamma, beta, mean, var, eps))
     vectors = _vectors(5, mean)
     _run(_C.cuda_plan_bn_vectors(_bn_ptrs(bn), unbias, _ptr(vectors)), vectors)
     return vectors

@@ -98,6 +98,18 @@ def conv_affine_relu(
     return normalize_relu(z, scale, shift, residual=residual)
 
 
+def dense_batch_norm(bn: BatchNorm) -> BatchNorm:
+    """With its vectors as kernels read them: without gaps."""
+    gamma, beta, mean, var, eps = bn
+    return (
+        None if gamma is None else gamma.contiguous(),
+        None if beta is None else beta.contiguous(),
+        mean.contiguous(),
+        var.contiguous(),
+        eps,
+    )
+
+
 def with_batch_norms(
     conv_affine_relu: Callable[..., Tensor], bn_affine: Callable[..., Affine]
 ) -> Callable[..., Tensor]:
@@ -267,6 +279,38 @@ def bn_residual_relu_backward(
     """
     g = masked(dy, y)
     return g, *(sums or bn_relu_backward)(g, z, rstd, mean, mean, rstd, y=y)
+
+
+def with_sums(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """A backend's bn_relu_backward and bn_residual_relu_backward, by one kernel for both.
+
+    kernel(dy, z, affine, mean, rstd, y, g): the sums; the mask is y's where given, else that of
+    affine; g, where given, is filled.
+    """
+
+    def bn_relu_backward(
+        dy: Tensor,
+        z: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        *,
+        y: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+        return kernel(dy, z, (scale, shift), mean, rstd, y, None)
+
+    def bn_residual_relu_backward(
+        dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g, the gradient of the residual, and bn_relu_backward's sums with the mask of y."""
+        g = torch.empty_like(z, memory_format=torch.channels_last)
+        return g, *kernel(dy, z, None, mean, rstd, y, g)
+
+    return bn_relu_backward, bn_residual_relu_backward
 
 
 def masked(dy: Tensor, y: Tensor) -> Tensor:

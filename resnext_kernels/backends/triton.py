@@ -76,6 +76,7 @@ from .reference import (  # noqa: F401
     BNGradient,
     conv1x1,
     conv1x1_backward,
+    dense_batch_norm,
 )
 
 try:
@@ -367,9 +368,14 @@ def _relu_gradient(dy, before):
 
 
 @_jit
+def _load(ptr, channel, ok):
+    return tl.load(ptr + channel, mask=ok, other=0.0)
+
+
+@_jit
 def _vector(ptr, channel, ok):
     """(1, CHANNELS) of a per-channel vector."""
-    return tl.load(ptr + channel, mask=ok, other=0.0)[None, :]
+    return _load(ptr, channel, ok)[None, :]
 
 
 @_jit
@@ -1460,11 +1466,6 @@ def _input_gradient_kernel(
 
 
 @_jit
-def _load(ptr, channel, ok):
-    return tl.load(ptr + channel, mask=ok, other=0.0)
-
-
-@_jit
 def _bn_vectors_kernel(
     gamma_ptr, beta_ptr, mean_ptr, var_ptr, statistics_ptr, affine_ptr, eps, unbias, C,
     BLOCK: tl.constexpr,
@@ -1771,12 +1772,12 @@ _CHANNELS = 256  # of a program that makes vectors
 def _made_vectors(
     bn: BatchNorm, statistics: Tensor | None, affine: Tensor, unbias: float = 1.0
 ) -> None:
-    gamma, beta, mean, var = (None if t is None else t.contiguous() for t in bn[:4])
-    channels = bn[2].shape[0]
+    *vectors, eps = dense_batch_norm(bn)
+    channels = affine.shape[1]
     _launch(
         _bn_vectors_kernel,
         (triton.cdiv(channels, _CHANNELS),),
-        *(gamma, beta, mean, var, statistics, affine, float(bn[4]), float(unbias), channels),
+        *(*vectors, statistics, affine, float(eps), float(unbias), channels),
         BLOCK=_CHANNELS,
         warps=4,
         stages=1,
