@@ -981,10 +981,10 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
 }  // namespace resnext_kernels::cuda
 
 // One kernel, visible under its plain name; plan.cpp composes the same names.
-#define RK_DEFINE_CONV(T, DTYPE, GEOMETRY, Q, PASS)                                                                  \
-  extern "C" __global__ void __launch_bounds__(                                                                      \
-      resnext_kernels::cuda::kThreads, resnext_kernels::cuda::resident_blocks(Q, resnext_kernels::cuda::Pass::PASS)) \
-      conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS(const __grid_constant__ resnext_kernels::cuda::ConvParams p) {       \
-    resnext_kernels::cuda::conv<T, Q, resnext_kernels::cuda::Geometry::GEOMETRY, resnext_kernels::cuda::Pass::PASS>( \
-        p);                                                                                                          \
+#define RK_DEFINE_CONV(T, DTYPE, GEOMETRY, Q, PASS)                                                                    \
+  extern "C" __global__ void __launch_bounds__(                                                                        \
+      resnext_kernels::cuda::kThreads, resnext_kernels::cuda::blocks_held::conv(Q, resnext_kernels::cuda::Pass::PASS)) \
+      conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS(const __grid_constant__ resnext_kernels::cuda::ConvParams p) {         \
+    resnext_kernels::cuda::conv<T, Q, resnext_kernels::cuda::Geometry::GEOMETRY, resnext_kernels::cuda::Pass::PASS>(   \
+        p);                                                                                                            \
   }

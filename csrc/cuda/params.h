@@ -15,9 +15,13 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 enum class Pass : int { eval, forward, backward, dx, dweight };  // backward: dx and dweight from one reading of dz
 
-// Blocks of a pass that share a multiprocessor, so that one computes while the other waits: as many as their registers
-// let in, 128 a thread or 255.
-constexpr int resident_blocks(int q, Pass pass) { return pass <= Pass::forward && q <= 2 ? 2 : 1; }
+// Blocks of a kernel that a multiprocessor holds, so that one computes while another waits: the compiler keeps to as
+// many registers, and grids fill the device so.
+namespace blocks_held {
+constexpr int conv(int q, Pass pass) { return pass <= Pass::forward && q <= 2 ? 2 : 1; }
+constexpr int normalize_relu = 3, bn_relu_dz = 2, bn_relu_sums = 3, moments = 3;
+}  // namespace blocks_held
+
 constexpr int kUnit = 8;  // pixels of one ldmatrix matrix
 constexpr int kRing = 3;  // groups of input rows in shared memory: two in use, one in flight
 
@@ -89,12 +93,6 @@ struct ConvParams {
 };
 
 constexpr int kMagicShift = 31;
-
-// Blocks of a pass over a matrix that a multiprocessor's registers hold; the grid has no more, so that all are at work
-// at once.
-namespace blocks_held {
-constexpr int normalize_relu = 3, bn_relu_dz = 2, bn_relu_sums = 3, moments = 3;
-}
 
 // A pass over z as an (M, C) matrix; a block takes 64 channels and every `parts`-th run of 32 rows.
 struct PointwiseParams {

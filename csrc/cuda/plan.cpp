@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <iterator>
 #include <numeric>
 #include <stdexcept>
 
@@ -70,7 +69,8 @@ struct Tiling {
   int parts() const { return params.strips * params.segments * params.walks; }
 };
 
-int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, bool writes_out) {
+int shared_bytes(ConvParams& p, Geometry g, Pass pass) {
+  const bool forward = pass <= Pass::forward;
   const int pixel_bytes = 16 * slots(p.band);
   p.in_pixels = p.streams * p.pitch;
   p.out_pixels = ceil_div(p.streams * p.units, 2) * 2 * kUnit * out_stride(g);
@@ -86,18 +86,18 @@ int shared_bytes(ConvParams& p, Geometry g, bool forward, bool dweight_only, boo
   if (p.side) offset += 2 * side;
   if (!forward || !p.side) {  // a residual's place takes the output
     p.out_offset = offset;
-    if (writes_out) offset += side;
+    if (p.out) offset += side;
   }
   const int rows = p.block_chunks * 8;
-  const int weights = dweight_only ? 0 : rows * (p.D * 9 + (p.D % 16 ? 0 : 8)) * 2 + 48;
-  const int dweight_rows = dweight_only && p.band == 8 ? std::min(rows, 32) : rows;
+  const int weights = pass == Pass::dweight ? 0 : rows * (p.D * 9 + (p.D % 16 ? 0 : 8)) * 2 + 48;
+  const int dweight_rows = pass == Pass::dweight && p.band == 8 ? std::min(rows, 32) : rows;
   const int dweight = p.dweight ? dweight_rows * (p.D * 9 + (p.D % 8 ? 0 : 4)) * 4 : 0;
   return std::max({offset, weights, dweight});
 }
 
 // Divides the map into strips of columns, and images into walks, so that the blocks fill the device evenly.
 Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
-  const bool forward = pass <= Pass::forward, dweight_only = pass == Pass::dweight;
+  const bool forward = pass <= Pass::forward;
   Tiling t{};
   const int positions = g == Geometry::t2 ? p.in_w : p.out_w;
   p.block_chunks = block_chunks(p.D);
@@ -107,15 +107,16 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
   p.steps = ceil_div(p.out_h, out_rows);
 
   const int units = ceil_div(positions, kUnit);
-  int places = resident_blocks(p.band, pass) * device.multiprocessors;
+  const int held = blocks_held::conv(p.band, pass);
+  int places = held * device.multiprocessors;
   // of a multiprocessor's shared memory the driver keeps 1024 bytes for each block
-  const int soft_limit = (device.shared_bytes + 1024) / resident_blocks(p.band, pass) - 1024;
+  const int soft_limit = (device.shared_bytes + 1024) / held - 1024;
   const auto lay_out = [&](int width, int streams) {  // whether it fits
     p.units = width;
     p.streams = streams;
     p.positions = std::min(width * kUnit, positions);
     p.pitch = pitch(g, p.positions);
-    t.shared_bytes = shared_bytes(p, g, forward, dweight_only, p.out != nullptr);
+    t.shared_bytes = shared_bytes(p, g, pass);
     return t.shared_bytes <= soft_limit;
   };
   int strips = ceil_div(units, kMostUnits);
@@ -126,7 +127,7 @@ Tiling tile(ConvParams p, Geometry g, Pass pass, const Device& device) {
   if (t.shared_bytes > device.shared_bytes) throw std::invalid_argument("the device has too little shared memory");
 
   t.channel_blocks = static_cast<unsigned>(ceil_div(p.C / 8, p.block_chunks));
-  t.pair_blocks = dweight_only && p.band == 8 ? (p.block_chunks > 4 ? 2 : 1) : 1;
+  t.pair_blocks = pass == Pass::dweight && p.band == 8 ? (p.block_chunks > 4 ? 2 : 1) : 1;
 
   // Time in bytes a multiprocessor moves: full rounds of blocks, each of set-up (weights) and turns; and the partial
   // dweight of every part, written and read again. Blocks that share a multiprocessor hardly slow each other down: most
@@ -275,9 +276,10 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
   p.in_h = problem.out_h(), p.in_w = problem.out_w(), p.out_h = problem.H, p.out_w = problem.W;
 
   Plan plan;
-  const auto add = [&](Pass pass, bool wants_dx, bool wants_dweight) {
+  const auto add = [&](Pass pass) {
+    const bool wants_dweight = pass != Pass::dx && dweight;
     ConvParams q = p;
-    q.out = wants_dx ? dx : nullptr;
+    q.out = pass == Pass::dweight ? nullptr : dx;
     if (wants_dweight) q.side = x, q.side_scale = prologue.scale, q.side_shift = prologue.shift, q.dweight = dweight;
     Tiling t = tile(q, g, pass, device);
     const bool reduces = wants_dweight && (t.parts() > 1 || weight.channels_last);
@@ -291,10 +293,10 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
     plan.launches.push_back(reduce_launch("add_dweight_" + name_of(problem.dtype), ceil_div<int64_t>(size, 4), reduce));
   };
   if (band(p.D, block_chunks(p.D)) < 8) {
-    if (dx || dweight) add(Pass::backward, dx != nullptr, dweight != nullptr);
+    if (dx || dweight) add(Pass::backward);
   } else {  // too many weights and sums for one kernel's registers
-    if (dx) add(Pass::dx, true, false);
-    if (dweight) add(Pass::dweight, false, true);
+    if (dx) add(Pass::dx);
+    if (dweight) add(Pass::dweight);
   }
   return plan;
 }
