@@ -71,6 +71,8 @@ _library = torch.library.Library(_NAMESPACE, "DEF")
 
 # What an implementation gives, None for what was not asked for.
 Results = tuple[Tensor | None, ...]
+# Mean and biased variance of every channel.
+Stats = tuple[Tensor, Tensor]
 
 
 class BatchNorm(NamedTuple):
@@ -317,21 +319,18 @@ def _combined_stats(
 
 
 def _bn_vectors(
-    kernels: ModuleType, z: Tensor, bn: BatchNorm, stats: Tensor | None = None
+    kernels: ModuleType, z: Tensor, bn: BatchNorm, stats: Stats | None = None
 ) -> Tensor:
     """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z.
 
-    `stats`: (2, C), the batch's mean and biased variance; None: taken here.
+    `stats`: the batch's mean and biased variance; None: taken here.
     """
-    batch = None
-    if bn.training:
-        batch = kernels.batch_stats(z) if stats is None else (stats[0], stats[1])
-    return _vectors(kernels, bn, batch, _count(z))
+    if bn.training and stats is None:
+        stats = kernels.batch_stats(z)
+    return _vectors(kernels, bn, stats, _count(z))
 
 
-def _vectors(
-    kernels: ModuleType, bn: BatchNorm, batch: tuple[Tensor, Tensor] | None, count: int
-) -> Tensor:
+def _vectors(kernels: ModuleType, bn: BatchNorm, batch: Stats | None, count: int) -> Tensor:
     """(5, C): mean, unbiased variance, rstd, scale, shift; `batch` are the batch's statistics."""
     gamma, beta, mean, var, eps, group = bn
     if batch is None:
@@ -387,10 +386,11 @@ def _behind_residual(
 
 def _conv1x1_stats(
     kernels: ModuleType, stats: bool, x: Tensor, weight: Tensor, **options: Any
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Stats | None]:
     """The 1x1 convolution, and the statistics of its result if asked for."""
     if stats:
-        return kernels.conv1x1_stats(x, _dense(weight), **options)
+        z, mean, var = kernels.conv1x1_stats(x, _dense(weight), **options)
+        return z, (mean, var)
     return kernels.conv1x1(x, _dense(weight), **options), None
 
 
@@ -583,14 +583,14 @@ class _ConvBNReLU(NamedTuple):
 
 
 def _conv_bn_relu(
-    x: Tensor, weight: Tensor, *args: Any, x_stats: Tensor | None = None, stats: bool = False
+    x: Tensor, weight: Tensor, *args: Any, x_stats: Stats | None = None, stats: bool = False
 ) -> tuple[Any, ...]:
     """y, z, vectors, in_vectors, and if asked for the statistics of y, a 1x1 convolution's."""
     bn, residual, in_bn, pointwise_weight, stride, groups, dilation, backend = _ConvBNReLU.of(args)
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
     x = _nhwc(x)
     in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn, x_stats)
-    z, *batch = kernels.conv_stats(
+    z, mean, var = kernels.conv_stats(
         x,
         _dense(weight),
         prologue=None if in_vectors is None else _affine(in_vectors),
@@ -599,7 +599,7 @@ def _conv_bn_relu(
         dilation=dilation,
         stats=bn.training,
     )
-    vectors = _vectors(kernels, bn, batch if bn.training else None, _count(z))
+    vectors = _vectors(kernels, bn, (mean, var) if bn.training else None, _count(z))
     y_stats = None
     if pointwise_weight is None:
         y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
@@ -813,7 +813,7 @@ conv_bn_relu.register_autograd("ConvBNReLU", _conv_bn_relu_setup, _conv_bn_relu_
 
 
 def _bn_relu(
-    z: Tensor, *args: Any, z_stats: Tensor | None = None, residual_stats: Tensor | None = None
+    z: Tensor, *args: Any, z_stats: Stats | None = None, residual_stats: Stats | None = None
 ) -> Results:
     bn, residual, residual_bn, backend = _bn_relu_arguments(args)
     kernels = _serving_bn(z, True, backend)

@@ -240,7 +240,7 @@ def _conv1x1(
     prologue: Affine | None,
     affine: Affine | None,
     residual: Tensor | None,
-    stats: Tensor | None = None,
+    stats: Affine | None = None,
 ) -> Tensor:
     n, _, h, w = x.shape
     k = weight.shape[0]
@@ -254,7 +254,7 @@ def _conv1x1(
         *_ptrs(affine),
         _ptr(residual),
         y.data_ptr(),
-        *_ptrs(None if stats is None else (stats[0], stats[1])),
+        *_ptrs(stats),
         torch.get_num_threads(),
     )
     return y
@@ -273,13 +273,13 @@ def conv1x1(
 
 def conv1x1_stats(
     x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
-) -> tuple[Tensor, Tensor]:
-    """z = conv1x1(x), and the mean and biased variance of its channels, (2, K)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv1x1(x), and the mean and biased variance of its channels."""
     if not _is_compiled_conv1x1(x, weight):
         z = conv1x1(x, weight, prologue=prologue, stride=stride)
-        return z, torch.stack(batch_stats(z))
-    stats = torch.empty((2, weight.shape[0]), dtype=torch.float32)
-    return _conv1x1(_strided(x, stride), weight, prologue, None, None, stats), stats
+        return z, *batch_stats(z)
+    stats = _vector(weight.shape[0]), _vector(weight.shape[0])
+    return _conv1x1(_strided(x, stride), weight, prologue, None, None, stats), *stats
 
 
 def conv1x1_affine_relu(

@@ -13,6 +13,7 @@ Any device, any floating-point dtype that torch's convolution has there, any bat
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,62 +160,6 @@ def conv_stats(
     return z, z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
 
 
-def conv1x1(
-    x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
-) -> Tensor:
-    """z = the dense convolution of x and a weight of (K, C, 1, 1)."""
-    return _nhwc(torch.conv2d(_activated(x, prologue), weight, None, stride))
-
-
-def conv1x1_stats(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    prologue: Affine | None = None,
-    stride: int = 1,
-    statistics: Callable[[Tensor], Affine] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """z = conv1x1(x) and its `batch_stats`, (2, K); `statistics`: another backend's batch_stats."""
-    z = conv1x1(x, weight, prologue=prologue, stride=stride)
-    return z, torch.stack((statistics or batch_stats)(z))
-
-
-def conv1x1_affine_relu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    residual: Tensor | None = None,
-    residual_affine: Affine | None = None,
-    normalize: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """y = normalize_relu(conv1x1(x), ...); `normalize`: another backend's normalize_relu."""
-    normalize = normalize or normalize_relu
-    z = conv1x1(x, weight)
-    return normalize(z, scale, shift, residual=residual, residual_affine=residual_affine)
-
-
-def conv1x1_backward(
-    dz: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    prologue: Affine | None = None,
-    stride: int = 1,
-    need_dx: bool = True,
-    need_dweight: bool = True,
-    dx: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what conv1x1 convolves and of its weight, None where not needed.
-
-    dx: a gradient from elsewhere, to which this one is added in place.
-    """
-    read = _activated(x, prologue) if need_dweight else x
-    found, dweight = _conv_gradients(dz, read, weight, stride, 1, 1, need_dx, need_dweight)
-    return found if dx is None or found is None else dx.add_(found), dweight
-
-
 def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over N, H and W; zeros for an empty batch."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -237,6 +182,76 @@ def normalize_relu(
     if residual is not None:
         y = y + (residual if residual_affine is None else _affine(residual, *residual_affine))
     return _nhwc(y.relu_().to(z.dtype))
+
+
+class DenseConvolution(NamedTuple):
+    """A backend's functions of the 1x1 convolution."""
+
+    conv1x1: Callable[..., Tensor]
+    conv1x1_stats: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    conv1x1_affine_relu: Callable[..., Tensor]
+    conv1x1_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+def with_torch_convolution(
+    normalize_relu: Callable[..., Tensor], batch_stats: Callable[..., Affine]
+) -> DenseConvolution:
+    """A backend's 1x1 convolutions: torch's, with what the backend has to put around them."""
+
+    def activated(x: Tensor, prologue: Affine | None) -> Tensor:
+        return x if prologue is None else normalize_relu(x, *prologue)
+
+    def conv1x1(
+        x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
+    ) -> Tensor:
+        """z = the dense convolution of x and a weight of (K, C, 1, 1)."""
+        return _nhwc(torch.conv2d(activated(x, prologue), weight, None, stride))
+
+    def conv1x1_stats(
+        x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z = conv1x1(x) and its `batch_stats`."""
+        z = conv1x1(x, weight, prologue=prologue, stride=stride)
+        return z, *batch_stats(z)
+
+    def conv1x1_affine_relu(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        residual: Tensor | None = None,
+        residual_affine: Affine | None = None,
+    ) -> Tensor:
+        """y = normalize_relu(conv1x1(x), ...)."""
+        z = conv1x1(x, weight)
+        return normalize_relu(z, scale, shift, residual=residual, residual_affine=residual_affine)
+
+    def conv1x1_backward(
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        prologue: Affine | None = None,
+        stride: int = 1,
+        need_dx: bool = True,
+        need_dweight: bool = True,
+        dx: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of what conv1x1 convolves and of its weight, None where not needed.
+
+        dx: a gradient from elsewhere, to which this one is added in place.
+        """
+        read = activated(x, prologue) if need_dweight else x
+        found, dweight = _conv_gradients(dz, read, weight, stride, 1, 1, need_dx, need_dweight)
+        return found if dx is None or found is None else dx.add_(found), dweight
+
+    return DenseConvolution(conv1x1, conv1x1_stats, conv1x1_affine_relu, conv1x1_backward)
+
+
+conv1x1, conv1x1_stats, conv1x1_affine_relu, conv1x1_backward = with_torch_convolution(
+    normalize_relu, batch_stats
+)
 
 
 def _relu_gradient(dy: Tensor, z: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None) -> Tensor:

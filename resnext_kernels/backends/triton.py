@@ -70,14 +70,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
 from . import reference, tuning
-from .reference import (  # noqa: F401
-    Affine,
-    BatchNorm,
-    BNGradient,
-    conv1x1,
-    conv1x1_backward,
-    dense_batch_norm,
-)
+from .reference import Affine, BatchNorm, BNGradient, dense_batch_norm
 
 try:
     import triton
@@ -2128,6 +2121,7 @@ def conv_backward(
 
 
 # The dense convolution is cuDNN's.
-conv1x1_affine_relu = partial(reference.conv1x1_affine_relu, normalize=normalize_relu)
-conv1x1_stats = partial(reference.conv1x1_stats, statistics=batch_stats)
+conv1x1, conv1x1_stats, conv1x1_affine_relu, conv1x1_backward = reference.with_torch_convolution(
+    normalize_relu, batch_stats
+)
 bn_residual_relu_backward = partial(reference.bn_residual_relu_backward, sums=bn_relu_backward)
