@@ -227,18 +227,36 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _update_running(bn: BatchNormState, vectors: Tensor, count: int) -> None:
-    """running = (1 - momentum) * running + momentum * batch."""
-    if not bn.training or bn.running_mean is None or (count == 0 and not bn.group):
-        return
-    assert bn.running_var is not None
-    running, batch = [bn.running_mean, bn.running_var], [vectors[0], vectors[1]]
-    if not isinstance(bn.momentum, Tensor) and all(t.dtype == vectors.dtype for t in running):
-        torch._foreach_mul_(running, 1 - bn.momentum)  # one kernel each on a GPU
-        torch._foreach_add_(running, batch, alpha=bn.momentum)
-        return
-    for old, new in zip(running, batch, strict=True):
-        old.copy_(old.to(new.dtype) * (1 - bn.momentum) + new * bn.momentum)
+def _update_running(*batches: tuple[BatchNormState | None, Tensor, int]) -> None:
+    """running = (1 - momentum) * running + momentum * batch, for (bn, vectors, values a channel).
+
+    Those of one momentum go together: two kernels on a GPU for all of a block.
+    """
+    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for bn, vectors, count in batches:
+        if bn is None or not bn.training or bn.running_mean is None:
+            continue
+        if count == 0 and not bn.group:
+            continue
+        assert bn.running_var is not None
+        running, batch = (bn.running_mean, bn.running_var), (vectors[0], vectors[1])
+        if isinstance(bn.momentum, Tensor) or any(t.dtype != vectors.dtype for t in running):
+            for old, new in zip(running, batch, strict=True):
+                old.copy_(old.to(new.dtype) * (1 - bn.momentum) + new * bn.momentum)
+            continue
+        olds, news = together.setdefault(bn.momentum, ([], []))
+        if any(old is running[0] or old is running[1] for old in olds):  # a BatchNorm used twice
+            _mix(olds, news, bn.momentum)
+            olds, news = together[bn.momentum] = [], []
+        olds += running
+        news += batch
+    for momentum, (olds, news) in together.items():
+        _mix(olds, news, momentum)
+
+
+def _mix(olds: list[Tensor], news: list[Tensor], momentum: float) -> None:
+    torch._foreach_mul_(olds, 1 - momentum)
+    torch._foreach_add_(olds, news, alpha=momentum)
 
 
 # Operations ----------------------------------------------------------------------------------
@@ -444,9 +462,8 @@ def _conv_bn_relu(
         _backend_of_both_passes(name),
     )
     n, _, h, w = x.shape
-    _update_running(bn, vectors, n * ((h - 1) // stride + 1) * ((w - 1) // stride + 1))
-    if input_bn is not None:
-        _update_running(input_bn, in_vectors, n * h * w)
+    out_count = n * ((h - 1) // stride + 1) * ((w - 1) // stride + 1)
+    _update_running((bn, vectors, out_count), (input_bn, in_vectors, n * h * w))
     return y if nhwc else y.contiguous()
 
 
@@ -556,9 +573,7 @@ def _bn_relu(
     )
     n, _, h, w = z.shape
     count = n * h * w
-    _update_running(bn, vectors, count)
-    if residual_bn is not None:
-        _update_running(residual_bn, residual_vectors, count)
+    _update_running((bn, vectors, count), (residual_bn, residual_vectors, count))
     return y if nhwc else y.contiguous()
 
 
@@ -603,7 +618,7 @@ def bn_relu_max_pool(
     else:
         name = _backend_of_both_passes(name)
         y, _, vectors = ops.bn_relu_max_pool(_nhwc(z), *operands, *pool, name)
-        _update_running(bn, vectors, count)
+        _update_running((bn, vectors, count))
     return y if nhwc else y.contiguous()
 
 
@@ -718,9 +733,7 @@ def bottleneck(
             _backend_of_both_passes(name),
         )
         counts = n * h * w, count, count, count
-        for bn, batch, values in zip(states, batches, counts, strict=True):
-            if bn is not None:
-                _update_running(bn, batch, values)
+        _update_running(*zip(states, batches, counts, strict=True))
         return y if nhwc else y.contiguous()
     z = conv1x1(x, first_weight, backend=backend)
     if residual is None:
