@@ -8,7 +8,7 @@ modelled, nor is torch's own copy of the weights. The floor of a pass is the tim
 for its compulsory bytes:
 
     eval       conv_affine_relu               x, weight -> y
-    forward    conv_stats                     x, weight -> z, statistics
+    forward    conv_stats                     x, weight -> z, vectors of its BatchNorm
     normalize  normalize_relu                 z -> y
     backward   bn_relu_backward               dy, z -> two sums
                conv_backward                  dy, z, x, weight -> dx, dweight
@@ -131,13 +131,14 @@ def run_pass(module: ModuleType, name: str, t: Tensors) -> list[Tensor]:
     if name == "eval":
         return [module.conv_affine_relu(t.x, t.weight, t.scale, t.shift, **t.conv)]
     if name == "forward":
-        return [*module.conv_stats(t.x, t.weight, prologue=prologue, **t.conv)]
+        bn = (t.scale, t.shift, 1e-5)
+        return [*module.conv_stats(t.x, t.weight, bn=bn, prologue=prologue, **t.conv)]
     if name == "normalize":
         return [module.normalize_relu(t.z, t.scale, t.shift)]
-    mean, rstd = t.shift, t.scale
-    sums = module.bn_relu_backward(t.dy, t.z, t.scale, t.shift, mean, rstd)
-    bn = (t.z, t.scale, t.shift, t.scale, t.shift / 8, t.scale / 8)
-    gradients = module.conv_backward(t.dy, t.x, t.weight, bn=bn, prologue=prologue, **t.conv)
+    vectors = torch.stack((t.shift, t.scale, t.scale, t.scale, t.shift))
+    sums = module.bn_relu_backward(t.dy, t.z, vectors)
+    of_z = (t.z, vectors, torch.stack((t.shift, t.scale)) / 8)
+    gradients = module.conv_backward(t.dy, t.x, t.weight, bn=of_z, prologue=prologue, **t.conv)
     return [*sums, *gradients]
 
 

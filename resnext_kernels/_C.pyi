@@ -241,8 +241,8 @@ def cuda_plan_conv_stats(
     in_scale: int,
     in_shift: int,
     z: int,
-    mean: int,
-    var: int,
+    bn: tuple[int, int, int, int, int, float],
+    vectors: int,
     /,
 ) -> CudaPlan: ...
 def cuda_plan_conv_backward(
@@ -250,12 +250,10 @@ def cuda_plan_conv_backward(
     device: CudaDevice,
     dy: int,
     z: int,
-    scale: int,
-    shift: int,
+    vectors: int,
+    coefficients: int,
     y: int,
-    a: int,
-    b: int,
-    c: int,
+    relu: bool,
     x: int,
     in_scale: int,
     in_shift: int,
@@ -266,7 +264,14 @@ def cuda_plan_conv_backward(
     /,
 ) -> CudaPlan: ...
 def cuda_plan_batch_stats(
-    dtype: int, M: int, C: int, device: CudaDevice, z: int, mean: int, var: int, /
+    dtype: int,
+    M: int,
+    C: int,
+    device: CudaDevice,
+    z: int,
+    bn: tuple[int, int, int, int, int, float],
+    vectors: int,
+    /,
 ) -> CudaPlan: ...
 def cuda_plan_normalize_relu(
     dtype: int,
@@ -289,13 +294,12 @@ def cuda_plan_bn_relu_backward(
     device: CudaDevice,
     dy: int,
     z: int,
-    scale: int,
-    shift: int,
+    vectors: int,
     y: int,
-    mean: int,
-    rstd: int,
+    relu: bool,
     sum_g: int,
     sum_g_xhat: int,
+    coefficients: int,
     g: int,
     /,
 ) -> CudaPlan: ...
@@ -306,12 +310,10 @@ def cuda_plan_bn_relu_input_gradient(
     device: CudaDevice,
     dy: int,
     z: int,
-    scale: int,
-    shift: int,
+    vectors: int,
+    coefficients: int,
     y: int,
-    a: int,
-    b: int,
-    c: int,
+    relu: bool,
     dz: int,
     /,
 ) -> CudaPlan: ...
@@ -320,7 +322,4 @@ def cuda_plan_bn_relu_input_gradient(
 def cuda_plan_bn_affine(bn: tuple[int, int, int, int, int, float], affine: int, /) -> CudaPlan: ...
 def cuda_plan_bn_vectors(
     bn: tuple[int, int, int, int, int, float], unbias: float, vectors: int, /
-) -> CudaPlan: ...
-def cuda_plan_bn_gradient_vectors(
-    C: int, sum_g: int, sum_g_xhat: int, vectors: int, count: float, b_and_c: int, /
 ) -> CudaPlan: ...

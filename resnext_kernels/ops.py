@@ -44,6 +44,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends
 from .backends import reference
+from .backends.reference import TrainingBatchNorm
 from .problem import weight_format
 
 __all__ = [
@@ -71,8 +72,8 @@ _library = torch.library.Library(_NAMESPACE, "DEF")
 
 # What an implementation gives, None for what was not asked for.
 Results = tuple[Tensor | None, ...]
-# Mean and biased variance of every channel.
-Stats = tuple[Tensor, Tensor]
+# sum(g), sum(g * xhat), and the coefficients of the input gradient: see `reference`.
+Sums = tuple[Tensor, Tensor, Tensor]
 
 
 class BatchNorm(NamedTuple):
@@ -89,6 +90,13 @@ class BatchNorm(NamedTuple):
     def training(self) -> bool:
         """Whether it takes the statistics of the batch."""
         return self.eps is not None and self.mean is None
+
+    @property
+    def of_batch(self) -> TrainingBatchNorm | None:
+        """As the backends take it: None unless training."""
+        if self.eps is None or self.mean is not None:
+            return None
+        return self.gamma, self.beta, self.eps
 
 
 NO_BATCH_NORM = BatchNorm(None, None, None, None, None, "")
@@ -319,25 +327,22 @@ def _combined_stats(
 
 
 def _bn_vectors(
-    kernels: ModuleType, z: Tensor, bn: BatchNorm, stats: Stats | None = None
+    kernels: ModuleType, z: Tensor, bn: BatchNorm, batch: Tensor | None = None
 ) -> Tensor:
     """(5, C): mean, unbiased variance, rstd, scale, shift of a BatchNorm of z.
 
-    `stats`: the batch's mean and biased variance; None: taken here.
+    `batch`: those of this process's batch; None: taken here.
     """
-    if bn.training and stats is None:
-        stats = kernels.batch_stats(z)
-    return _vectors(kernels, bn, stats, _count(z))
-
-
-def _vectors(kernels: ModuleType, bn: BatchNorm, batch: Stats | None, count: int) -> Tensor:
-    """(5, C): mean, unbiased variance, rstd, scale, shift; `batch` are the batch's statistics."""
     gamma, beta, mean, var, eps, group = bn
-    if batch is None:
+    if bn.of_batch is None:
         return kernels.bn_vectors(gamma, beta, mean, var, eps, 1.0)
+    if batch is None:
+        batch = kernels.batch_stats(z, bn.of_batch)
     if not group:
-        return kernels.bn_vectors(gamma, beta, *batch, eps, count / max(count - 1, 1))
-    mean, var, total = _combined_stats(*batch, count, group)
+        return batch
+    count = _count(z)
+    biased = batch[1] * (max(count - 1, 0) / max(count, 1))
+    mean, var, total = _combined_stats(batch[0], biased, count, group)
     vectors = kernels.bn_vectors(gamma, beta, mean, var, eps, 1.0)
     vectors[1].mul_(total / (total - 1))
     return vectors
@@ -347,50 +352,43 @@ def _affine(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors[3], vectors[4]
 
 
-def _gradient_vectors(
-    kernels: ModuleType,
-    sum_g: Tensor | None,
-    sum_g_xhat: Tensor | None,
-    vectors: Tensor,
-    count: int,
-    training: bool,
-    group: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """a, b, c of dz = a*g + b*z + c; b and c are None (zero) with frozen statistics."""
-    scale = vectors[3]
+def _coefficients(
+    sums: Sums | None, vectors: Tensor, count: int, training: bool, group: str
+) -> Tensor | None:
+    """(2, C): b and c of dz = scale*g + b*z + c; None (zero) with frozen statistics."""
     if not training:
-        return scale, None, None
-    assert sum_g is not None
-    assert sum_g_xhat is not None
-    if group:
-        shared = torch.cat([sum_g, sum_g_xhat, sum_g.new_full((1,), count)])
-        dist.all_reduce(shared, group=_process_group(group))
-        sum_g, sum_g_xhat = (shared[:-1] / shared[-1]).chunk(2)
-        count = 1
-    return scale, *kernels.bn_gradient_vectors(sum_g, sum_g_xhat, vectors, max(count, 1))
+        return None
+    assert sums is not None
+    sum_g, sum_g_xhat, coefficients = sums
+    if not group:
+        return coefficients
+    shared = torch.cat([sum_g, sum_g_xhat, sum_g.new_full((1,), count)])
+    dist.all_reduce(shared, group=_process_group(group))
+    sum_g, sum_g_xhat = (shared[:-1] / shared[-1]).chunk(2)
+    return reference.bn_gradient_vectors(sum_g, sum_g_xhat, vectors, 1)
 
 
-def _relu_passes_everything(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """scale, shift for which the recomputed ReLU mask is true everywhere, NaN and Inf included."""
-    return vectors[3], torch.full_like(vectors[4], float("inf"))
+def _affine_gradients(sums: Sums | None, needed: bool) -> Results:
+    """dgamma and dbeta."""
+    return (sums[1], sums[0]) if sums is not None and needed else (None, None)
 
 
 def _behind_residual(
     kernels: ModuleType, dy: Tensor, z: Tensor, y: Tensor, vectors: Tensor, need_sums: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The residual's gradient g, and the sums that are dbeta and dgamma."""
+) -> tuple[Tensor, Sums | None]:
+    """The residual's gradient g, and the sums over it."""
     if not need_sums:
-        return reference.masked(dy, y), None, None
-    return kernels.bn_residual_relu_backward(dy, z, y, vectors[0], vectors[2])
+        return reference.masked(dy, y), None
+    g, *sums = kernels.bn_residual_relu_backward(dy, z, y, vectors)
+    return g, tuple(sums)
 
 
 def _conv1x1_stats(
-    kernels: ModuleType, stats: bool, x: Tensor, weight: Tensor, **options: Any
-) -> tuple[Tensor, Stats | None]:
-    """The 1x1 convolution, and the statistics of its result if asked for."""
-    if stats:
-        z, mean, var = kernels.conv1x1_stats(x, _dense(weight), **options)
-        return z, (mean, var)
+    kernels: ModuleType, bn: BatchNorm, x: Tensor, weight: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The 1x1 convolution, and the vectors of its result's BatchNorm if training."""
+    if bn.of_batch is not None:
+        return kernels.conv1x1_stats(x, _dense(weight), bn.of_batch, **options)
     return kernels.conv1x1(x, _dense(weight), **options), None
 
 
@@ -583,29 +581,38 @@ class _ConvBNReLU(NamedTuple):
 
 
 def _conv_bn_relu(
-    x: Tensor, weight: Tensor, *args: Any, x_stats: Stats | None = None, stats: bool = False
+    x: Tensor,
+    weight: Tensor,
+    *args: Any,
+    in_batch: Tensor | None = None,
+    next_bn: BatchNorm = NO_BATCH_NORM,
 ) -> tuple[Any, ...]:
-    """y, z, vectors, in_vectors, and if asked for the statistics of y, a 1x1 convolution's."""
+    """y, z, vectors, in_vectors, and the batch's vectors of `next_bn` on y, a 1x1 convolution's.
+
+    `in_batch`: the batch's vectors of in_bn, where they are known.
+    """
     bn, residual, in_bn, pointwise_weight, stride, groups, dilation, backend = _ConvBNReLU.of(args)
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
     x = _nhwc(x)
-    in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn, x_stats)
-    z, mean, var = kernels.conv_stats(
+    in_vectors = None if in_bn.eps is None else _bn_vectors(kernels, x, in_bn, in_batch)
+    z, batch = kernels.conv_stats(
         x,
         _dense(weight),
+        bn=bn.of_batch,
         prologue=None if in_vectors is None else _affine(in_vectors),
         stride=stride,
         groups=groups,
         dilation=dilation,
-        stats=bn.training,
     )
-    vectors = _vectors(kernels, bn, (mean, var) if bn.training else None, _count(z))
-    y_stats = None
+    vectors = _bn_vectors(kernels, z, bn, batch)
+    next_batch = None
     if pointwise_weight is None:
         y = kernels.normalize_relu(z, *_affine(vectors), residual=_maybe_nhwc(residual))
     else:
-        y, y_stats = _conv1x1_stats(kernels, stats, z, pointwise_weight, prologue=_affine(vectors))
-    return y, z, vectors, in_vectors, y_stats
+        y, next_batch = _conv1x1_stats(
+            kernels, next_bn, z, pointwise_weight, prologue=_affine(vectors)
+        )
+    return y, z, vectors, in_vectors, next_batch
 
 
 def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *args: Any) -> Results:
@@ -648,34 +655,32 @@ def _conv_bn_relu_backward(
     need_dz = need_input or need_weight
     need_sums = need_affine or (training and need_dz)
     kernels = _serving(x, weight.shape[0], stride, groups, dilation, True, backend)
-    dx = dweight = dgamma = dbeta = dresidual = din_gamma = din_beta = dpointwise = None
-    dy, x = _nhwc(dy), _nhwc(x)
-    mean, _, rstd, scale, shift = vectors.unbind()
+    dx = dweight = dresidual = dpointwise = sums = in_sums = None
+    dy, x, relu = _nhwc(dy), _nhwc(x), True
     if need_residual:
         assert y is not None
-        dresidual, dbeta, dgamma = _behind_residual(kernels, dy, z, y, vectors, need_sums)
-        dy, y = dresidual, None
-        scale, shift = _relu_passes_everything(vectors)
+        dresidual, sums = _behind_residual(kernels, dy, z, y, vectors, need_sums)
+        dy, y, relu = dresidual, None, False
     if pointwise_weight is not None:
         da, dpointwise = kernels.conv1x1_backward(
             dy,
             z,
             _dense(pointwise_weight),
-            prologue=(scale, shift),
+            prologue=_affine(vectors),
             need_dx=need_dz or need_affine,
             need_dweight=need_pointwise,
         )
         dy = dy if da is None else da
-    if need_sums and dbeta is None:
-        dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
+    if need_sums and sums is None:
+        sums = kernels.bn_relu_backward(dy, z, vectors, y=y, relu=relu)
     if need_dz:
-        dz = _gradient_vectors(kernels, dbeta, dgamma, vectors, _count(z), training, group)
         dx, dweight = kernels.conv_backward(
             dy,
             x,
             _dense(weight),
-            bn=(z, scale, shift, *dz),
+            bn=(z, vectors, _coefficients(sums, vectors, _count(z), training, group)),
             y=y,
+            relu=relu,
             prologue=None if in_vectors is None else _affine(in_vectors),
             stride=stride,
             groups=groups,
@@ -684,20 +689,17 @@ def _conv_bn_relu_backward(
             need_dweight=need_weight,
         )
     if in_vectors is not None and need_input:
-        mean, _, rstd, scale, shift = in_vectors.unbind()
         if need_in_affine or in_training:
-            din_beta, din_gamma = kernels.bn_relu_backward(dx, x, scale, shift, mean, rstd)
+            in_sums = kernels.bn_relu_backward(dx, x, in_vectors)
         if need_x:
-            dz = _gradient_vectors(
-                kernels, din_beta, din_gamma, in_vectors, _count(x), in_training, in_group
-            )
-            dx = kernels.bn_relu_input_gradient(dx, x, scale, shift, *dz, inplace=True)
+            coefficients = _coefficients(in_sums, in_vectors, _count(x), in_training, in_group)
+            dx = kernels.bn_relu_input_gradient(dx, x, in_vectors, coefficients, inplace=True)
     return (
         dx if need_x else None,
         dweight,
-        *((dgamma, dbeta) if need_affine else (None, None)),
+        *_affine_gradients(sums, need_affine),
         dresidual,
-        *((din_gamma, din_beta) if need_in_affine else (None, None)),
+        *_affine_gradients(in_sums, need_in_affine),
         dpointwise,
     )
 
@@ -813,15 +815,16 @@ conv_bn_relu.register_autograd("ConvBNReLU", _conv_bn_relu_setup, _conv_bn_relu_
 
 
 def _bn_relu(
-    z: Tensor, *args: Any, z_stats: Stats | None = None, residual_stats: Stats | None = None
+    z: Tensor, *args: Any, batch: Tensor | None = None, residual_batch: Tensor | None = None
 ) -> Results:
+    """`batch`, `residual_batch`: the batch's vectors of the BatchNorms, where they are known."""
     bn, residual, residual_bn, backend = _bn_relu_arguments(args)
     kernels = _serving_bn(z, True, backend)
     z, residual = _nhwc(z), _maybe_nhwc(residual)
-    vectors = _bn_vectors(kernels, z, bn, z_stats)
+    vectors = _bn_vectors(kernels, z, bn, batch)
     residual_vectors = None
     if residual is not None and residual_bn.eps is not None:
-        residual_vectors = _bn_vectors(kernels, residual, residual_bn, residual_stats)
+        residual_vectors = _bn_vectors(kernels, residual, residual_bn, residual_batch)
     y = kernels.normalize_relu(
         z,
         *_affine(vectors),
@@ -864,44 +867,34 @@ def _bn_relu_backward(
 ) -> Results:
     need_z, need_affine, need_residual, need_residual_affine = needs
     kernels = _serving_bn(z, True, backend)
-    dz = dgamma = dbeta = dresidual = dresidual_gamma = dresidual_beta = None
-    dy, z, count = _nhwc(dy), _nhwc(z), _count(z)
-    mean, _, rstd, scale, shift = vectors.unbind()
+    dz = dresidual = sums = residual_sums = None
+    dy, z, count, relu = _nhwc(dy), _nhwc(z), _count(z), True
     need_sums = need_affine or (training and need_z)
     if need_residual or need_residual_affine:
         assert y is not None
-        dresidual, dbeta, dgamma = _behind_residual(kernels, dy, z, y, vectors, need_sums)
-        dy, y = dresidual, None
-        scale, shift = _relu_passes_everything(vectors)
+        dresidual, sums = _behind_residual(kernels, dy, z, y, vectors, need_sums)
+        dy, y, relu = dresidual, None, False
     elif need_sums:
-        dbeta, dgamma = kernels.bn_relu_backward(dy, z, scale, shift, mean, rstd, y=y)
+        sums = kernels.bn_relu_backward(dy, z, vectors, y=y)
     if need_z:
-        a, b, c = _gradient_vectors(kernels, dbeta, dgamma, vectors, count, training, group)
-        dz = kernels.bn_relu_input_gradient(dy, z, scale, shift, a, b, c, y=y)
+        coefficients = _coefficients(sums, vectors, count, training, group)
+        dz = kernels.bn_relu_input_gradient(dy, z, vectors, coefficients, y=y, relu=relu)
     if residual is not None and residual_vectors is not None and dresidual is not None:
-        residual = _nhwc(residual)
+        of_residual = _nhwc(residual), residual_vectors
         if need_residual_affine or residual_training:
-            dresidual_beta, dresidual_gamma = kernels.bn_relu_backward(
-                dresidual, residual, scale, shift, residual_vectors[0], residual_vectors[2]
-            )
+            residual_sums = kernels.bn_relu_backward(dresidual, *of_residual, relu=False)
         if need_residual:
-            a, b, c = _gradient_vectors(
-                kernels,
-                dresidual_beta,
-                dresidual_gamma,
-                residual_vectors,
-                count,
-                residual_training,
-                residual_group,
+            coefficients = _coefficients(
+                residual_sums, residual_vectors, count, residual_training, residual_group
             )
             dresidual = kernels.bn_relu_input_gradient(
-                dresidual, residual, scale, shift, a, b, c, inplace=True
+                dresidual, *of_residual, coefficients, relu=False, inplace=True
             )
     return (
         dz,
-        *((dgamma, dbeta) if need_affine else (None, None)),
+        *_affine_gradients(sums, need_affine),
         dresidual if need_residual else None,
-        *((dresidual_gamma, dresidual_beta) if need_residual_affine else (None, None)),
+        *_affine_gradients(residual_sums, need_residual_affine),
     )
 
 
@@ -1027,18 +1020,17 @@ def _bn_relu_max_pool_backward(
 ) -> Results:
     *pool, training, group, (need_z, need_affine), backend = args
     kernels = _serving_bn(z, True, backend)
-    dz = dgamma = dbeta = None
+    dz = sums = None
     z = _nhwc(z)
     # z stands in for the ReLU's result, of which only the shape is used
     da = torch.ops.aten.max_pool2d_with_indices_backward(_nhwc(dy), z, *pool, _nhwc(indices))
     da = _nhwc(da)
-    mean, _, rstd, scale, shift = vectors.unbind()
     if need_affine or training:
-        dbeta, dgamma = kernels.bn_relu_backward(da, z, scale, shift, mean, rstd)
+        sums = kernels.bn_relu_backward(da, z, vectors)
     if need_z:
-        a, b, c = _gradient_vectors(kernels, dbeta, dgamma, vectors, _count(z), training, group)
-        dz = kernels.bn_relu_input_gradient(da, z, scale, shift, a, b, c, inplace=True)
-    return dz, *((dgamma, dbeta) if need_affine else (None, None))
+        coefficients = _coefficients(sums, vectors, _count(z), training, group)
+        dz = kernels.bn_relu_input_gradient(da, z, vectors, coefficients, inplace=True)
+    return dz, *_affine_gradients(sums, need_affine)
 
 
 def _bn_relu_max_pool_backward_fake(dy: Tensor, z: Tensor, vectors: Tensor, *args: Any) -> Any:
@@ -1192,21 +1184,22 @@ def _bottleneck_forward(x: Tensor, *args: Any) -> Results:
     b = _Bottleneck.of(args)
     x = _nhwc(x)
     kernels = _serving_bn(x, True, b.backend)
-    z1, stats1 = _conv1x1_stats(kernels, b.bn1.training, x, b.weight1)
-    z3, z2, vectors2, vectors1, stats3 = _conv_bn_relu(
+    z1, batch1 = _conv1x1_stats(kernels, b.bn1, x, b.weight1)
+    z3, z2, vectors2, vectors1, batch3 = _conv_bn_relu(
         *(z1, b.weight2, *b.bn2, None, *b.bn1, b.weight3, *b.conv, b.backend),
-        x_stats=stats1,
-        stats=b.bn3.training,
+        in_batch=batch1,
+        next_bn=b.bn3,
     )
-    residual, z4, stats4 = x if b.residual is None else b.residual, None, None
+    residual, z4, batch4 = x if b.residual is None else b.residual, None, None
     if b.residual_weight is not None:
-        training, stride = b.residual_bn.training, b.residual_stride
-        z4, stats4 = _conv1x1_stats(kernels, training, x, b.residual_weight, stride=stride)
+        z4, batch4 = _conv1x1_stats(
+            kernels, b.residual_bn, x, b.residual_weight, stride=b.residual_stride
+        )
         residual = z4
     y, vectors3, vectors4 = _bn_relu(
         *(z3, *b.bn3, residual, *b.residual_bn, b.backend),
-        z_stats=stats3,
-        residual_stats=stats4,
+        batch=batch3,
+        residual_batch=batch4,
     )
     return y, z1, z2, z3, z4, vectors1, vectors2, vectors3, vectors4
 

@@ -27,7 +27,6 @@ FUNCTIONS = [
     "conv_backward",
     "bn_affine",
     "bn_vectors",
-    "bn_gradient_vectors",
 ]
 PROBLEM = ConvProblem(2, 7, 7, 64, groups=16)
 DOUBLE = ConvProblem(2, 7, 7, 64, groups=16, dtype=torch.float64)

@@ -51,10 +51,10 @@ def plans_of(case: Case, device: _C.CudaDevice, dtype: torch.dtype) -> list[_C.C
         _C.cuda_plan_conv_bn_relu(p, device, at, at, False, bn, residual, at, at, at)
         for residual in (0, at)
     ]
-    plans += [_C.cuda_plan_conv_stats(p, device, at, at, False, 0, 0, at, v, v) for v in (0, at)]
+    plans += [_C.cuda_plan_conv_stats(p, device, at, at, False, 0, 0, at, bn, v) for v in (0, at)]
     for y, dx, dweight, last in itertools.product((0, at), repeat=4):
         rest = (at, at, at, at, bool(last), dx, dweight)
-        plans.append(_C.cuda_plan_conv_backward(p, device, at, at, at, at, y, at, at, at, *rest))
+        plans.append(_C.cuda_plan_conv_backward(p, device, at, at, at, at, y, True, *rest))
     return plans
 
 
@@ -92,11 +92,12 @@ def test_a_pass_over_a_matrix_is_one_wave(rows: int, channels: int) -> None:
     """All blocks of a grid are at work at once, as many as the registers of a thread allow."""
     multiprocessors, at = DEVICES["A100"].multiprocessors, 1 << 12
     matrix = (2, rows, channels, device_of("A100"))
+    bn = (channels, at, at, at, at, 1e-5)
     plans = [
-        (3, _C.cuda_plan_batch_stats(*matrix, *[at] * 3)),
+        (3, _C.cuda_plan_batch_stats(*matrix, at, bn, at)),
         (3, _C.cuda_plan_normalize_relu(*matrix, *[at] * 7)),
-        (3, _C.cuda_plan_bn_relu_backward(*matrix, *[at] * 10)),
-        (2, _C.cuda_plan_bn_relu_input_gradient(*matrix, *[at] * 9)),
+        (3, _C.cuda_plan_bn_relu_backward(*matrix, *[at] * 4, True, *[at] * 4)),
+        (2, _C.cuda_plan_bn_relu_input_gradient(*matrix, *[at] * 5, True, at)),
     ]
     columns = -(-channels // 64)
     for held, plan in plans:
@@ -138,9 +139,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 
 
 CONV = "conv_f16_s1_q1"
-OF_A_FORWARD = [f"{CONV}_forward", "finish_moments", "bn_vectors", "normalize_relu_f16"]
-OF_A_BACKWARD = ["bn_relu_sums_f16", "add_sums", "bn_gradient_vectors"]
-OF_A_BACKWARD += [f"{CONV}_backward", "add_dweight_f16"]
+OF_A_FORWARD = [f"{CONV}_forward", "finish_moments", "normalize_relu_f16"]
+OF_A_BACKWARD = ["bn_relu_sums_f16", "add_sums", f"{CONV}_backward", "add_dweight_f16"]
 
 
 def operation(
@@ -180,11 +180,8 @@ def test_launches_of_an_operation_in_evaluation(recorder: Recorder, prologue: bo
 @pytest.mark.parametrize("residual", [False, True])
 def test_launches_of_an_operation_in_training(recorder: Recorder, residual: bool) -> None:
     launched = operation(recorder, training=True, residual=residual)
-    backward = list(OF_A_BACKWARD)
-    if residual:  # whose gradient the sums give too
-        backward.insert(2, "aten::full_like")
     running = ["aten::_foreach_mul_.Scalar", "aten::_foreach_add_.List"]
-    assert launched == [*OF_A_FORWARD, *running, *backward]
+    assert launched == [*OF_A_FORWARD, *running, *OF_A_BACKWARD]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +219,9 @@ def test_a_plan_refuses_what_is_not_served() -> None:
     device = device_of("A100")
     with pytest.raises(ValueError, match="stride must be 1 or 2, not 3"):
         _C.cuda_plan_conv_stats(
-            problem_of(Case(1, 64, 8, 8, groups=16, stride=3)), device, 16, 16, False, *[16] * 5
+            problem_of(Case(1, 64, 8, 8, groups=16, stride=3)),
+            device,
+            *(16, 16, False, 16, 16, 16, (64, 0, 0, 0, 0, 1e-5), 16),
         )
 
 
@@ -230,8 +229,9 @@ def test_a_plan_refuses_what_is_not_served() -> None:
 def test_statistics_of_a_pointwise_convolution_to_any_channels() -> None:
     """The kernels of statistics take multiples of 8; the dense convolution gives what is asked."""
     x, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(12, 16, 1, 1).half()
+    bn = (torch.randn(12), None, 1e-5)
     for actual, expected in zip(
-        cuda.conv1x1_stats(x, weight), reference.conv1x1_stats(x, weight), strict=True
+        cuda.conv1x1_stats(x, weight, bn), reference.conv1x1_stats(x, weight, bn), strict=True
     ):
         assert torch.equal(actual, expected)
 
@@ -239,7 +239,7 @@ def test_statistics_of_a_pointwise_convolution_to_any_channels() -> None:
 def test_errors_of_the_runtime_name_the_kernel() -> None:
     """Device 63 exists nowhere; without a driver no device does."""
     device = device_of("A100")
-    plan = _C.cuda_plan_batch_stats(2, 64, 64, device, 0, 0, 0)
+    plan = _C.cuda_plan_batch_stats(2, 64, 64, device, 0, (64, 0, 0, 0, 0, 1e-5), 0)
     with pytest.raises(RuntimeError, match=r"CUDA kernel moments_f16: .+"):
         _C.cuda_run(plan, 0, 63, 0)
 
@@ -263,7 +263,7 @@ POINTWISE = {
     for name in ("normalize_relu", "bn_relu_dz", "bn_relu_sums", "moments", "add_dweight")
     for dtype in ("f16", "bf16")
 }
-KERNELS |= POINTWISE | {"add_sums", "finish_moments", "bn_vectors", "bn_gradient_vectors"}
+KERNELS |= POINTWISE | {"add_sums", "finish_moments", "bn_vectors"}
 
 
 def cuobjdump(*args: str) -> str:

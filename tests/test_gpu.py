@@ -74,33 +74,28 @@ def results(module: ModuleType, e: Exact) -> dict[str, Tensor]:
             e.x, e.weight, e.scale, e.shift, residual=e.residual, **conv
         ),
         "conv_bn_relu": lambda: module.conv_bn_relu(e.x, e.weight, bn, residual=e.residual, **conv),
-        "conv_stats": lambda: module.conv_stats(e.x, e.weight, prologue=prologue, **conv),
-        "batch_stats": lambda: module.batch_stats(e.z),
+        "conv_stats": lambda: module.conv_stats(e.x, e.weight, bn=e.bn, prologue=prologue, **conv),
+        "batch_stats": lambda: module.batch_stats(e.z, e.bn),
         "normalize_relu": lambda: module.normalize_relu(
             e.z, e.scale, e.shift, residual=e.residual, residual_affine=(e.res_scale, e.res_shift)
         ),
-        "bn_relu_backward": lambda: module.bn_relu_backward(
-            e.dy, e.z, e.scale, e.shift, e.mean, e.rstd
-        ),
+        "bn_relu_backward": lambda: module.bn_relu_backward(e.dy, e.z, e.vectors),
         "bn_residual_relu_backward": lambda: module.bn_residual_relu_backward(
-            e.dy, e.z, e.residual, e.mean, e.rstd
+            e.dy, e.z, e.residual, e.vectors
         ),
         "bn_relu_input_gradient": lambda: module.bn_relu_input_gradient(
-            e.dy, e.z, e.scale, e.shift, e.a, e.b, e.c
+            e.dy, e.z, e.vectors, e.coefficients
         ),
         "conv_backward": lambda: module.conv_backward(
             e.dy,
             e.x,
             e.weight,
-            bn=(e.z, e.scale, e.shift, e.a, e.b, e.c),
+            bn=(e.z, e.vectors, e.coefficients),
             prologue=prologue,
             **conv,
         ),
         "bn_affine": lambda: module.bn_affine(*bn),
         "bn_vectors": lambda: module.bn_vectors(*bn, 1.5),
-        "bn_gradient_vectors": lambda: module.bn_gradient_vectors(
-            e.a, e.b, torch.stack((e.mean, e.c, e.rstd, e.scale, e.shift)), 8
-        ),
     }
     found: dict[str, Tensor] = {}
     for name, call in calls.items():
@@ -131,7 +126,7 @@ def test_results_are_those_of_every_function(case: Case) -> None:
     """On the CPU: no function is missing, and each result depends on what it should."""
     e = exact("reference", case, None)
     wanted = results(backends.select(Target("reference", F32).problem(case), "reference"), e)
-    assert len(wanted) == 21
+    assert len(wanted) == 19
     assert all(t.abs().max() > 0 for t in wanted.values())
     with pytest.raises(AssertionError):
         assert_same(wanted, wanted | {"batch_stats[0]": wanted["batch_stats[0]"] + 1})
@@ -262,15 +257,13 @@ def test_past_int32(backend: str, case: Case) -> None:
     )
     check(module.normalize_relu(z, *vectors), module.normalize_relu(small.z, *vectors))
     # a gradient of zeros but for the last images: sums over all pixels are those of the last
-    nothing = (small.a, None, None)
-    whole = module.conv_backward(dy, x, small.weight, bn=(z, *vectors, *nothing), **conv)
-    part = module.conv_backward(
-        small.dy, small.x, small.weight, bn=(small.z, *vectors, *nothing), **conv
-    )
+    frozen = (small.vectors, None)
+    whole = module.conv_backward(dy, x, small.weight, bn=(z, *frozen), **conv)
+    part = module.conv_backward(small.dy, small.x, small.weight, bn=(small.z, *frozen), **conv)
     check(whole[0], part[0])
     assert torch.equal(whole[1], part[1])
-    sums = module.bn_relu_backward(dy, z, *vectors, small.mean, small.rstd)
-    parts = module.bn_relu_backward(small.dy, small.z, *vectors, small.mean, small.rstd)
+    *sums, _ = module.bn_relu_backward(dy, z, small.vectors)
+    *parts, _ = module.bn_relu_backward(small.dy, small.z, small.vectors)
     assert torch.equal(torch.stack(sums), torch.stack(parts))
 
 

@@ -83,6 +83,7 @@ def launches(p: ConvProblem) -> dict[str, TritonLaunch]:
     z = images(p.n, k, p.out_h, p.out_w, p.dtype)
     weight = torch.empty(k, p.c // p.groups, 3, 3, dtype=p.dtype, device="meta")
     v, u = (torch.empty(c, device="meta") for c in (k, p.c))
+    vectors = torch.empty(5, k, device="meta")
     conv = {"stride": p.stride, "groups": p.groups, "dilation": p.dilation}
     found: dict[str, TritonLaunch] = {}
 
@@ -95,21 +96,20 @@ def launches(p: ConvProblem) -> dict[str, TritonLaunch]:
     with record("eval:"):
         backend.conv_affine_relu(x, weight, v, v, residual=z, prologue=(u, u), **conv)
     with record("train:"):
-        backend.conv_stats(x, weight, prologue=(u, u), **conv)
+        backend.conv_stats(x, weight, bn=(v, v, 1e-5), prologue=(u, u), **conv)
     with record("plain:"):
-        backend.conv_stats(x, weight, **conv)
+        backend.conv_stats(x, weight, bn=(v, v, 1e-5), **conv)
     with record("plain dx:"):
         backend.conv_backward(z, x, weight, **conv, need_dweight=False)
     with record(""):
         backend.bn_vectors(v, v, v, v, 1e-5, 1.0)
-        backend.bn_gradient_vectors(v, v, torch.empty(5, k, device="meta"), p.n)
-        backend.batch_stats(z)
+        backend.batch_stats(z, (v, v, 1e-5))
         backend.normalize_relu(z, v, v, residual=z, residual_affine=(v, v))
-        backend.bn_relu_backward(z, z, v, v, v, v)
-        backend.bn_relu_input_gradient(z, z, v, v, v, v, v)
+        backend.bn_relu_backward(z, z, vectors)
+        backend.bn_relu_input_gradient(z, z, vectors, vectors)
         # both, which one kernel makes for many problems; then each by itself
         for needs in ({}, {"need_dweight": False}, {"need_dx": False}):
-            bn = (z, v, v, v, v, v)
+            bn = (z, vectors, vectors)
             backend.conv_backward(z, x, weight, bn=bn, prologue=(u, u), **conv, **needs)
     return found
 
@@ -341,7 +341,11 @@ def test_shared_memory_is_bounded_by_the_configuration(
             found: list[TritonLaunch] = []
             with triton_launches(found.append):
                 backend.conv_stats(
-                    x, weight.to(problem.dtype), groups=problem.groups, stride=problem.stride
+                    x,
+                    weight.to(problem.dtype),
+                    bn=(None, None, 1e-5),
+                    groups=problem.groups,
+                    stride=problem.stride,
                 )
             shared = compiled(found[0], arch).metadata.shared
             assert 0 < shared <= chosen[-1].shared_bytes(problem.dtype.itemsize), (regime, arch)

@@ -19,8 +19,8 @@ struct Affine {
 
 // The gradient behind BatchNorm + ReLU, formed as dy is loaded:
 //   g = dy where the ReLU passed, else 0;   dz = a * g + b * z + c
-// The mask is !(y <= 0) when y is given, else !(scale * z + shift <= 0). With z null, dz = dy; with b and c null
-// (frozen statistics), dz = a * g.
+// The mask is !(y <= 0) when y is given, else !(scale * z + shift <= 0); with neither, g = dy. With z null, dz = dy;
+// with b and c null (frozen statistics), dz = a * g.
 struct ReluBNGradient {
   const void* dy = nullptr;
   const void* z = nullptr;

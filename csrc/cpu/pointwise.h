@@ -63,8 +63,10 @@ RK_INLINE Vec apply(Affine affine, int64_t c, Vec v, I lanes) {
 template <class T, bool kMaskFromY, class I>
 RK_INLINE auto masked_gradient(const ReluBNGradient& gradient, int64_t c, I lanes) {
   const T *const dy = (const T*)gradient.dy, *const y = (const T*)gradient.y;
-  Vec scale{}, shift{};
-  if (!kMaskFromY) scale = load(gradient.affine.scale + c, lanes), shift = load(gradient.affine.shift + c, lanes);
+  Vec scale{}, shift = Vec{} + 1.f;  // without an affine everything passes
+  if (!kMaskFromY && gradient.affine.scale) {
+    scale = load(gradient.affine.scale + c, lanes), shift = load(gradient.affine.shift + c, lanes);
+  }
   return [=](int64_t at, Vec z) RK_INLINE_LAMBDA {
     return where_positive(kMaskFromY ? load(y + at, lanes) : z * scale + shift, load(dy + at, lanes));
   };
@@ -285,29 +287,33 @@ void bn_relu_input_gradient(int64_t M, int64_t C, const ReluBNGradient& gradient
 }
 
 // ---- per-channel vectors
-inline float scale_of(const BatchNorm& bn, int64_t c) {
-  const float rstd = 1 / __builtin_sqrtf(bn.var[c] + bn.eps);
-  return bn.gamma ? bn.gamma[c] * rstd : rstd;
-}
-inline float shift_of(const BatchNorm& bn, int64_t c, float scale) {
-  return (bn.beta ? bn.beta[c] : 0) - bn.mean[c] * scale;
-}
+struct ChannelVectors {
+  float mean, var, rstd, scale, shift;
+  ChannelVectors(const BatchNorm& bn, int64_t c)
+      : mean(bn.mean[c]),
+        var(bn.var[c]),
+        rstd(1 / __builtin_sqrtf(var + bn.eps)),
+        scale(bn.gamma ? bn.gamma[c] * rstd : rstd),
+        shift((bn.beta ? bn.beta[c] : 0) - mean * scale) {}
+};
 
 inline void bn_affine(int64_t C, const BatchNorm& bn, float* scale, float* shift) {
+#pragma omp simd
   for (int64_t c = 0; c < C; ++c) {
-    scale[c] = scale_of(bn, c);
-    shift[c] = shift_of(bn, c, scale[c]);
+    const ChannelVectors of(bn, c);
+    scale[c] = of.scale, shift[c] = of.shift;
   }
 }
 
+// bn.mean and bn.var may be the first two rows of `vectors`.
 inline void bn_vectors(int64_t C, const BatchNorm& bn, float unbias, float* vectors) {
   float *mean = vectors, *var = mean + C, *rstd = var + C, *scale = rstd + C, *shift = scale + C;
+#pragma omp simd
   for (int64_t c = 0; c < C; ++c) {
-    mean[c] = bn.mean[c];
-    var[c] = unbias * bn.var[c];
-    rstd[c] = 1 / __builtin_sqrtf(bn.var[c] + bn.eps);
+    const ChannelVectors of(bn, c);
+    mean[c] = of.mean, var[c] = unbias * of.var;
+    rstd[c] = of.rstd, scale[c] = of.scale, shift[c] = of.shift;
   }
-  bn_affine(C, bn, scale, shift);
 }
 
 // dz = scale * (g - sum_g / M - xhat * sum_g_xhat / M)

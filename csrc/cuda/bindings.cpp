@@ -21,6 +21,15 @@ float* out_vec(Pointer p) { return reinterpret_cast<float*>(p); }
 Affine affine(Pointer scale, Pointer shift) { return {vec(scale), vec(shift)}; }
 // C, gamma, beta, mean, var, eps
 using BatchNormPointers = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, float>;
+// b and c are rows of the coefficients; scale, shift and a of the vectors, of which a mask may be left out
+Gradient gradient(int64_t C, Pointer dy, Pointer z, Pointer vectors, Pointer coefficients, Pointer y, bool relu) {
+  Gradient made;
+  made.dy = in(dy), made.z = in(z), made.y = in(y);
+  if (vectors) made.a = vec(vectors) + 3 * C;
+  if (vectors && relu) made.affine = {vec(vectors) + 3 * C, vec(vectors) + 4 * C};
+  if (coefficients) made.b = vec(coefficients), made.c = vec(coefficients) + C;
+  return made;
+}
 BatchNorm batch_norm(const BatchNormPointers& bn) {
   const auto& [C, gamma, beta, mean, var, eps] = bn;
   return {C, vec(gamma), vec(beta), vec(mean), vec(var), eps};
@@ -56,50 +65,44 @@ void bind(py::module_& m) {
         });
   m.def("cuda_plan_conv_stats",
         [](const ConvProblem& problem, const Device& device, Pointer x, Pointer weight, bool channels_last,
-           Pointer in_scale, Pointer in_shift, Pointer z, Pointer mean, Pointer var) {
+           Pointer in_scale, Pointer in_shift, Pointer z, const BatchNormPointers& bn, Pointer vectors) {
           return plan_conv_stats(problem, device, in(x), {in(weight), channels_last}, affine(in_scale, in_shift),
-                                 out(z), out_vec(mean), out_vec(var));
+                                 out(z), batch_norm(bn), out_vec(vectors));
         });
   m.def("cuda_plan_conv_backward",
-        [](const ConvProblem& problem, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
-           Pointer y, Pointer a, Pointer b, Pointer c, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
+        [](const ConvProblem& problem, const Device& device, Pointer dy, Pointer z, Pointer vectors,
+           Pointer coefficients, Pointer y, bool relu, Pointer x, Pointer in_scale, Pointer in_shift, Pointer weight,
            bool channels_last, Pointer dx, Pointer dweight) {
-          const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
-          return plan_conv_backward(problem, device, gradient, in(x), affine(in_scale, in_shift),
-                                    {in(weight), channels_last}, out(dx), out(dweight));
+          return plan_conv_backward(problem, device, gradient(problem.K, dy, z, vectors, coefficients, y, relu), in(x),
+                                    affine(in_scale, in_shift), {in(weight), channels_last}, out(dx), out(dweight));
         });
-  m.def("cuda_plan_batch_stats",
-        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer mean, Pointer var) {
-          return plan_batch_stats(static_cast<DType>(dtype), M, C, device, in(z), out_vec(mean), out_vec(var));
-        });
+  m.def("cuda_plan_batch_stats", [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z,
+                                    const BatchNormPointers& bn, Pointer vectors) {
+    return plan_batch_stats(static_cast<DType>(dtype), M, C, device, in(z), batch_norm(bn), out_vec(vectors));
+  });
   m.def("cuda_plan_normalize_relu",
         [](int dtype, int64_t M, int64_t C, const Device& device, Pointer z, Pointer scale, Pointer shift,
            Pointer residual, Pointer res_scale, Pointer res_shift, Pointer y) {
           return plan_normalize_relu(static_cast<DType>(dtype), M, C, device, in(z), affine(scale, shift), in(residual),
                                      affine(res_scale, res_shift), out(y));
         });
-  m.def("cuda_plan_bn_relu_backward",
-        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
-           Pointer y, Pointer mean, Pointer rstd, Pointer sum_g, Pointer sum_g_xhat, Pointer g) {
-          const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y)};
-          return plan_bn_relu_backward(static_cast<DType>(dtype), M, C, device, gradient, vec(mean), vec(rstd),
-                                       out_vec(sum_g), out_vec(sum_g_xhat), out(g));
-        });
+  m.def("cuda_plan_bn_relu_backward", [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z,
+                                         Pointer vectors, Pointer y, bool relu, Pointer sum_g, Pointer sum_g_xhat,
+                                         Pointer coefficients, Pointer g) {
+    return plan_bn_relu_backward(static_cast<DType>(dtype), M, C, device, gradient(C, dy, z, vectors, 0, y, relu),
+                                 vec(vectors), out_vec(sum_g), out_vec(sum_g_xhat), out_vec(coefficients), out(g));
+  });
   m.def("cuda_plan_bn_relu_input_gradient",
-        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer scale, Pointer shift,
-           Pointer y, Pointer a, Pointer b, Pointer c, Pointer dz) {
-          const Gradient gradient{in(dy), in(z), affine(scale, shift), in(y), vec(a), vec(b), vec(c)};
-          return plan_bn_relu_input_gradient(static_cast<DType>(dtype), M, C, device, gradient, out(dz));
+        [](int dtype, int64_t M, int64_t C, const Device& device, Pointer dy, Pointer z, Pointer vectors,
+           Pointer coefficients, Pointer y, bool relu, Pointer dz) {
+          return plan_bn_relu_input_gradient(static_cast<DType>(dtype), M, C, device,
+                                             gradient(C, dy, z, vectors, coefficients, y, relu), out(dz));
         });
   m.def("cuda_plan_bn_affine",
         [](const BatchNormPointers& bn, Pointer affine) { return plan_bn_affine(batch_norm(bn), out_vec(affine)); });
   m.def("cuda_plan_bn_vectors", [](const BatchNormPointers& bn, float unbias, Pointer vectors) {
     return plan_bn_vectors(batch_norm(bn), unbias, out_vec(vectors));
   });
-  m.def("cuda_plan_bn_gradient_vectors",
-        [](int64_t C, Pointer sum_g, Pointer sum_g_xhat, Pointer vectors, float count, Pointer b_and_c) {
-          return plan_bn_gradient_vectors(C, vec(sum_g), vec(sum_g_xhat), vec(vectors), count, out_vec(b_and_c));
-        });
 
   m.def(
       "cuda_compiled",

@@ -333,7 +333,7 @@ struct Conv {
       if (!p.in_z) return;
       const Vector8 a(p.a + channel);
       Vector8 scale = a, shift = a, b = a, c = a;  // used only if given
-      if (!p.in_y) scale = Vector8(p.in_scale + channel), shift = Vector8(p.in_shift + channel);
+      if (!p.in_y && p.in_scale) scale = Vector8(p.in_scale + channel), shift = Vector8(p.in_shift + channel);
       if (p.b) b = Vector8(p.b + channel), c = Vector8(p.c + channel);
       const uint32_t z_base = ring + p.z_offset, y_base = ring + p.y_offset;
       each_input(turn, images, [&](int, uint32_t at, int64_t) {
@@ -345,7 +345,7 @@ struct Conv {
           unpack<T>(y, load_shared(y_base + at));
 #pragma unroll
           for (int i = 0; i < 8; ++i) g[i] = y[i] <= 0.f ? 0.f : g[i];
-        } else {
+        } else if (p.in_scale) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) g[i] = scale.v[i] * z[i] + shift.v[i] <= 0.f ? 0.f : g[i];
         }
@@ -528,7 +528,7 @@ struct Conv {
     float scale[2][2], shift[2][2];  // [chunk][column]
   };
   __device__ __forceinline__ ScaleAndShift batch_norm(int channel) const {
-    if (p.var) return scale_and_shift(p.gamma, p.beta, p.mean, p.var, p.eps, channel);
+    if (p.var) return scale_and_shift(p.gamma, p.beta, p.mean[channel], p.var[channel], p.eps, channel);
     return {p.gamma[channel], p.beta[channel], 0.f};
   }
   struct Nothing {};
@@ -776,7 +776,7 @@ struct Conv {
     } else {
       if (!p.in_z) return v;
       const float z = element(p.in_z, at);
-      const float y = p.in_y ? element(p.in_y, at) : p.in_scale[channel] * z + p.in_shift[channel];
+      const float y = p.in_y ? element(p.in_y, at) : p.in_scale ? p.in_scale[channel] * z + p.in_shift[channel] : 1.f;
       const float g = p.a[channel] * (y <= 0.f ? 0.f : v);
       return rounded(p.b ? g + p.b[channel] * z + p.c[channel] : g);
     }

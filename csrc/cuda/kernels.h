@@ -37,8 +37,10 @@
   X(T, DTYPE, bn_relu_sums)               \
   X(T, DTYPE, moments)
 
-// X(NAME)
-#define RK_REDUCE_KERNELS(X) X(add_sums) X(finish_moments) X(add_dweight_f16) X(add_dweight_bf16)
-
-// X(NAME, PARAMS): per-channel vectors
-#define RK_VECTOR_KERNELS(X) X(bn_vectors, BatchNormParams) X(bn_gradient_vectors, GradientVectorsParams)
+// X(NAME, PARAMS): second stages, and vectors
+#define RK_SMALL_KERNELS(X)              \
+  X(add_sums, AddSumsParams)             \
+  X(finish_moments, FinishMomentsParams) \
+  X(add_dweight_f16, AddDweightParams)   \
+  X(add_dweight_bf16, AddDweightParams)  \
+  X(bn_vectors, BatchNormParams)

@@ -16,14 +16,12 @@ using namespace resnext_kernels::cuda;
   extern "C" __global__ void conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS(const __grid_constant__ ConvParams);
 #define RK_DECLARE_POINTWISE(T, DTYPE, NAME) \
   extern "C" __global__ void NAME##_##DTYPE(const __grid_constant__ PointwiseParams);
-#define RK_DECLARE_REDUCE(NAME) extern "C" __global__ void NAME(const __grid_constant__ ReduceParams);
-#define RK_DECLARE_VECTOR(NAME, PARAMS) extern "C" __global__ void NAME(const __grid_constant__ PARAMS);
+#define RK_DECLARE_SMALL(NAME, PARAMS) extern "C" __global__ void NAME(const __grid_constant__ PARAMS);
 RK_CONV_KERNELS(RK_DECLARE_CONV, , f16)
 RK_CONV_KERNELS(RK_DECLARE_CONV, , bf16)
 RK_POINTWISE_KERNELS(RK_DECLARE_POINTWISE, , f16)
 RK_POINTWISE_KERNELS(RK_DECLARE_POINTWISE, , bf16)
-RK_REDUCE_KERNELS(RK_DECLARE_REDUCE)
-RK_VECTOR_KERNELS(RK_DECLARE_VECTOR)
+RK_SMALL_KERNELS(RK_DECLARE_SMALL)
 
 namespace resnext_kernels::cuda {
 namespace {
@@ -43,13 +41,12 @@ std::unordered_map<std::string, Kernel>& kernels() {
 #define RK_ENTER(NAME) made.try_emplace(#NAME, reinterpret_cast<const void*>(&NAME));
 #define RK_ENTER_CONV(T, DTYPE, GEOMETRY, Q, PASS) RK_ENTER(conv_##DTYPE##_##GEOMETRY##_q##Q##_##PASS)
 #define RK_ENTER_POINTWISE(T, DTYPE, NAME) RK_ENTER(NAME##_##DTYPE)
-#define RK_ENTER_VECTOR(NAME, PARAMS) RK_ENTER(NAME)
+#define RK_ENTER_SMALL(NAME, PARAMS) RK_ENTER(NAME)
     RK_CONV_KERNELS(RK_ENTER_CONV, , f16)
     RK_CONV_KERNELS(RK_ENTER_CONV, , bf16)
     RK_POINTWISE_KERNELS(RK_ENTER_POINTWISE, , f16)
     RK_POINTWISE_KERNELS(RK_ENTER_POINTWISE, , bf16)
-    RK_REDUCE_KERNELS(RK_ENTER)
-    RK_VECTOR_KERNELS(RK_ENTER_VECTOR)
+    RK_SMALL_KERNELS(RK_ENTER_SMALL)
     return made;
   }();
   return table;

@@ -160,15 +160,19 @@ __device__ __forceinline__ float reciprocal(float v) {
 struct ScaleAndShift {
   float scale, shift, rstd;
 };
-__device__ __forceinline__ ScaleAndShift scale_and_shift(const float* gamma, const float* beta, const float* mean,
-                                                         const float* var, float eps, int channel) {
-  const float rstd = 1.f / sqrtf(var[channel] + eps), scale = gamma ? gamma[channel] * rstd : rstd;
-  return {scale, (beta ? beta[channel] : 0.f) - mean[channel] * scale, rstd};
+__device__ __forceinline__ ScaleAndShift scale_and_shift(const float* gamma, const float* beta, float mean, float var,
+                                                         float eps, int channel) {
+  const float rstd = 1.f / sqrtf(var + eps), scale = gamma ? gamma[channel] * rstd : rstd;
+  return {scale, (beta ? beta[channel] : 0.f) - mean * scale, rstd};
 }
 
 // Eight consecutive floats of a per-channel vector.
 struct Vector8 {
   float v[8];
+  __device__ __forceinline__ explicit Vector8(float value) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = value;
+  }
   __device__ __forceinline__ explicit Vector8(const float* from) {
     const float4 lo = __ldg(reinterpret_cast<const float4*>(from));
     const float4 hi = __ldg(reinterpret_cast<const float4*>(from) + 1);

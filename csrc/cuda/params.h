@@ -102,7 +102,7 @@ struct PointwiseParams {
   const void* residual;
   const float *scale, *shift;          // of z
   const float *res_scale, *res_shift;  // of the residual
-  const float *a, *b, *c;              // dz = a * g [+ b * z + c]
+  const float *a, *b, *c;              // dz = a * g [+ b * z + c]; with scale and y null, g = dy
   const float *mean, *rstd;
   void* out;
   float* partial;  // sums: (parts, 2, C), statistics: (parts, 4, C)
@@ -114,14 +114,28 @@ struct PointwiseParams {
 constexpr int kReduceColumns = 8;  // of a block of a second stage
 constexpr int kReduceParts = 4;    // that a thread of one loads at once
 
-// Second stage of a reduction, in a fixed order.
-struct ReduceParams {
-  const float* partial;
-  void* out0;
-  void* out1;
-  int64_t size;  // elements of out0
+// Second stages of reductions, in a fixed order.
+struct AddDweightParams {
+  const float* partial;  // (parts, K, D, 9)
+  void* dweight;
+  int64_t size;  // of dweight
   int32_t parts;
   int32_t D;  // of dweight in channels_last, (K, 3, 3, D); else 0
+};
+struct AddSumsParams {
+  const float* partial;  // (parts, 2, C)
+  const float* vectors;  // (5, C): mean, unbiased variance, rstd, scale, shift
+  float *sum_g, *sum_g_xhat;
+  float* coefficients;  // (2, C): b and c of dz = scale * g + b * z + c
+  float count;
+  int32_t C, parts;
+};
+struct FinishMomentsParams {
+  const float* partial;       // (parts, 4, C) count and Moments
+  const float *gamma, *beta;  // null: 1 and 0
+  float* vectors;             // (5, C)
+  float eps;
+  int32_t C, parts;
 };
 
 // What is made of one BatchNorm.
@@ -131,14 +145,6 @@ struct BatchNormParams {
   float eps, unbias;
   float* statistics;  // (3, C): mean, unbias * var, rstd; null: not needed
   float* affine;      // (2, C): scale, shift
-  int32_t C;
-};
-
-struct GradientVectorsParams {
-  const float *sum_g, *sum_g_xhat;
-  const float* vectors;  // (5, C): mean, unbiased variance, rstd, scale, shift
-  float* out;            // (2, C): b, c
-  float count;
   int32_t C;
 };
 

@@ -29,11 +29,17 @@ Launch launch(std::string kernel, std::array<unsigned, 3> grid, unsigned block, 
   return made;
 }
 
-// The second stage of a reduction of `parts` over so many columns.
-Launch reduce_launch(std::string kernel, int64_t columns, const ReduceParams& params) {
+// The second stage of a reduction over so many columns.
+template <class Params>
+Launch reduce_launch(std::string kernel, int64_t columns, const Params& params) {
   const int warps = ceil_div(params.parts, kReduceParts * 32 / kReduceColumns);
   return launch(std::move(kernel), {static_cast<unsigned>(ceil_div<int64_t>(columns, kReduceColumns)), 1, 1},
-                32 * std::min(warps, 32), 0, params, offsetof(ReduceParams, partial));
+                32 * std::min(warps, 32), 0, params, offsetof(Params, partial));
+}
+Launch finish_moments(const BatchNorm& bn, float* vectors, int64_t C, int parts) {
+  return reduce_launch(
+      "finish_moments", C,
+      FinishMomentsParams{nullptr, bn.gamma, bn.beta, vectors, bn.eps, static_cast<int32_t>(C), parts});
 }
 
 // ---- channels of a block ---------------------------------------------------------------------------------------
@@ -212,17 +218,16 @@ ConvParams forward_params(const ConvProblem& problem, const void* x, Weight weig
   return p;
 }
 
-Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvParams& params, Pass pass, float* mean,
-                  float* var) {
+Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvParams& params, Pass pass,
+                  const BatchNorm& bn, float* vectors) {
   const Geometry g = problem.stride == 1 ? Geometry::s1 : Geometry::s2;
   const Tiling t = tile(params, g, pass, device);
   Plan plan;
   plan.launches.push_back(conv_launch(problem.dtype, t, g, pass));
-  if (mean) {
+  if (vectors) {
     plan.workspace_floats = int64_t{4} * t.parts() * problem.C;
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
-    const ReduceParams reduce{nullptr, mean, var, problem.C, t.parts()};
-    plan.launches.push_back(reduce_launch("finish_moments", problem.C, reduce));
+    plan.launches.push_back(finish_moments(bn, vectors, problem.C, t.parts()));
   }
   return plan;
 }
@@ -254,13 +259,13 @@ Plan plan_conv_bn_relu(const ConvProblem& problem, const Device& device, const v
   ConvParams p = forward_params(problem, x, weight, prologue, y);
   p.side = residual;
   p.gamma = bn.gamma, p.beta = bn.beta, p.mean = bn.mean, p.var = bn.var, p.eps = bn.eps;
-  return plan_forward(problem, device, p, Pass::eval, nullptr, nullptr);
+  return plan_forward(problem, device, p, Pass::eval, bn, nullptr);
 }
 
 Plan plan_conv_stats(const ConvProblem& problem, const Device& device, const void* x, Weight weight, Affine prologue,
-                     void* z, float* mean, float* var) {
+                     void* z, const BatchNorm& bn, float* vectors) {
   require(problem);
-  return plan_forward(problem, device, forward_params(problem, x, weight, prologue, z), Pass::forward, mean, var);
+  return plan_forward(problem, device, forward_params(problem, x, weight, prologue, z), Pass::forward, bn, vectors);
 }
 
 Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const Gradient& gradient, const void* x,
@@ -289,7 +294,7 @@ Plan plan_conv_backward(const ConvProblem& problem, const Device& device, const 
     const int64_t size = problem.K * problem.din() * 9;
     plan.workspace_floats = size * t.parts();
     plan.launches.back().workspace_at = offsetof(ConvParams, dweight_partial);
-    const ReduceParams reduce{nullptr, dweight, nullptr, size, t.parts(), weight.channels_last ? p.D : 0};
+    const AddDweightParams reduce{nullptr, dweight, size, t.parts(), weight.channels_last ? p.D : 0};
     plan.launches.push_back(reduce_launch("add_dweight_" + name_of(problem.dtype), ceil_div<int64_t>(size, 4), reduce));
   };
   if (band(p.D, block_chunks(p.D)) < 8) {
@@ -323,7 +328,8 @@ std::array<unsigned, 3> pointwise_grid(const PointwiseParams& p) {
 
 }  // namespace
 
-Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, const void* z, float* mean, float* var) {
+Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, const void* z, const BatchNorm& bn,
+                      float* vectors) {
   Gradient g;
   g.z = z;
   const PointwiseParams p = pointwise(M, C, g, device, blocks_held::moments);
@@ -331,8 +337,7 @@ Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, c
   plan.workspace_floats = 4 * C * p.parts;
   plan.launches.push_back(
       launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
-  const ReduceParams reduce{nullptr, mean, var, C, p.parts};
-  plan.launches.push_back(reduce_launch("finish_moments", C, reduce));
+  plan.launches.push_back(finish_moments(bn, vectors, C, p.parts));
   return plan;
 }
 
@@ -349,15 +354,15 @@ Plan plan_normalize_relu(DType dtype, int64_t M, int64_t C, const Device& device
 }
 
 Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& device, const Gradient& gradient,
-                           const float* mean, const float* rstd, float* sum_g, float* sum_g_xhat, void* g) {
+                           const float* vectors, float* sum_g, float* sum_g_xhat, float* coefficients, void* g) {
   PointwiseParams p = pointwise(M, C, gradient, device, blocks_held::bn_relu_sums);
-  p.mean = mean, p.rstd = rstd, p.out = g;
+  p.mean = vectors, p.rstd = vectors + 2 * C, p.out = g;
   Plan plan;
   plan.workspace_floats = 2 * C * p.parts;
   plan.launches.push_back(
       launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
-  const ReduceParams reduce{nullptr, sum_g, sum_g_xhat, C, p.parts};
-  plan.launches.push_back(reduce_launch("add_sums", 2 * C, reduce));
+  const AddSumsParams reduce{nullptr, vectors, sum_g, sum_g_xhat, coefficients, static_cast<float>(M), p.C, p.parts};
+  plan.launches.push_back(reduce_launch("add_sums", C, reduce));
   return plan;
 }
 
@@ -376,30 +381,21 @@ BatchNormParams batch_norm_params(const BatchNorm& bn, float* affine) {
   return {bn.gamma, bn.beta, bn.mean, bn.var, bn.eps, 1.f, nullptr, affine, static_cast<int32_t>(bn.C)};
 }
 
-template <class Params>
-Plan vectors_plan(const char* kernel, int64_t C, const Params& params) {
+Plan vectors_plan(const BatchNormParams& params) {
   Plan plan;
   plan.launches.push_back(
-      launch(kernel, {static_cast<unsigned>(ceil_div<int64_t>(C, kThreads)), 1, 1}, kThreads, 0, params));
+      launch("bn_vectors", {static_cast<unsigned>(ceil_div(params.C, kThreads)), 1, 1}, kThreads, 0, params));
   return plan;
 }
 
 }  // namespace
 
-Plan plan_bn_affine(const BatchNorm& bn, float* affine) {
-  return vectors_plan("bn_vectors", bn.C, batch_norm_params(bn, affine));
-}
+Plan plan_bn_affine(const BatchNorm& bn, float* affine) { return vectors_plan(batch_norm_params(bn, affine)); }
 
 Plan plan_bn_vectors(const BatchNorm& bn, float unbias, float* vectors) {
   BatchNormParams params = batch_norm_params(bn, vectors + 3 * bn.C);
   params.unbias = unbias, params.statistics = vectors;
-  return vectors_plan("bn_vectors", bn.C, params);
-}
-
-Plan plan_bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
-                              float* b_and_c) {
-  const GradientVectorsParams params{sum_g, sum_g_xhat, vectors, b_and_c, count, static_cast<int32_t>(C)};
-  return vectors_plan("bn_gradient_vectors", C, params);
+  return vectors_plan(params);
 }
 
 }  // namespace resnext_kernels::cuda

@@ -36,7 +36,7 @@ struct Affine {
   const float* shift = nullptr;
 };
 
-// g = dy where the ReLU passed, else 0; dz = a * g [+ b * z + c]. With z null, dz = dy.
+// g = dy where the ReLU passed, else 0, with affine and y null dy; dz = a * g [+ b * z + c]. With z null, dz = dy.
 struct Gradient {
   const void* dy = nullptr;
   const void* z = nullptr;
@@ -47,7 +47,7 @@ struct Gradient {
   const float* c = nullptr;
 };
 
-// Of C channels; gamma, beta null: 1 and 0.
+// Of C channels; gamma, beta null: 1 and 0; mean, var null: the statistics of the batch.
 struct BatchNorm {
   int64_t C;
   const float* gamma;
@@ -69,29 +69,25 @@ struct Weight {
 // bn.var null: bn.gamma and bn.beta are scale and shift
 Plan plan_conv_bn_relu(const ConvProblem&, const Device&, const void* x, Weight weight, const BatchNorm& bn,
                        const void* residual, Affine prologue, void* y);
-// mean null: no statistics
+// vectors: (5, C) of the BatchNorm: mean, unbiased variance, rstd, scale, shift; null: not needed
 Plan plan_conv_stats(const ConvProblem&, const Device&, const void* x, Weight weight, Affine prologue, void* z,
-                     float* mean, float* var);
+                     const BatchNorm& bn, float* vectors);
 // dx null, dweight null: not needed; dweight lies as the weight does
 Plan plan_conv_backward(const ConvProblem&, const Device&, const Gradient& gradient, const void* x, Affine prologue,
                         Weight weight, void* dx, void* dweight);
 
 // z as an (M, C) matrix, C a multiple of 8
-Plan plan_batch_stats(DType, int64_t M, int64_t C, const Device&, const void* z, float* mean, float* var);
+Plan plan_batch_stats(DType, int64_t M, int64_t C, const Device&, const void* z, const BatchNorm& bn, float* vectors);
 Plan plan_normalize_relu(DType, int64_t M, int64_t C, const Device&, const void* z, Affine affine, const void* residual,
                          Affine residual_affine, void* y);
-// g null: not needed; given only with gradient.y
-Plan plan_bn_relu_backward(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, const float* mean,
-                           const float* rstd, float* sum_g, float* sum_g_xhat, void* g);
+// coefficients: (2, C) b and c of dz with these sums; g null: not needed; given only with gradient.y
+Plan plan_bn_relu_backward(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, const float* vectors,
+                           float* sum_g, float* sum_g_xhat, float* coefficients, void* g);
 Plan plan_bn_relu_input_gradient(DType, int64_t M, int64_t C, const Device&, const Gradient& gradient, void* dz);
 
 // Per-channel vectors, as the reference's functions of these names make them.
 // affine: (2, C) scale, shift
 Plan plan_bn_affine(const BatchNorm& bn, float* affine);
-// vectors: (5, C) mean, unbias * var, rstd, scale, shift
 Plan plan_bn_vectors(const BatchNorm& bn, float unbias, float* vectors);
-// b_and_c: (2, C)
-Plan plan_bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
-                              float* b_and_c);
 
 }  // namespace resnext_kernels::cuda

@@ -1,14 +1,15 @@
 // BatchNorm and ReLU without a convolution, on z as an (M, C) matrix, the second stage of every reduction, and
 // BatchNorm's vectors.
 //
-//   normalize_relu       out = relu(scale * z + shift [+ residual | + res_scale * residual + res_shift])
-//   bn_relu_dz           out = a * g [+ b * z + c],  g = dy where the ReLU passed, else 0
-//   bn_relu_sums         partial = sum of g, sum of g * (z - mean) * rstd [; out = g, with the mask of y]
-//   moments              partial = count and Moments of z
-//   bn_vectors           mean, unbias * var, rstd = 1 / sqrt(var + eps), scale = gamma * rstd, beta - mean * scale
-//   bn_gradient_vectors  b, c of scale * (g - sum_g / M - xhat * sum_g_xhat / M) = scale * g + b * z + c
+//   normalize_relu  out = relu(scale * z + shift [+ residual | + res_scale * residual + res_shift])
+//   bn_relu_dz      out = a * g [+ b * z + c],  g = dy where the ReLU passed, else 0
+//   bn_relu_sums    partial = sum of g, sum of g * (z - mean) * rstd [; out = g, with the mask of y]
+//   add_sums        both sums, and b, c of scale * (g - sum_g / M - xhat * sum_g_xhat / M) = scale * g + b * z + c
+//   moments         partial = count and Moments of z
+//   finish_moments  mean, unbiased var, rstd = 1 / sqrt(var + eps), scale = gamma * rstd, shift = beta - mean * scale
+//   bn_vectors      the same from a given mean and var
 //
-// A block of the first four takes 64 channels (128 bytes of a row, 16 a thread) and every gridDim.y-th run of 32 rows;
+// A block of those over z takes 64 channels (128 bytes of a row, 16 a thread) and every gridDim.y-th run of 32 rows;
 // a thread keeps its eight channels and loads some rows before it uses the first: as many as its registers hold.
 // Reductions: a thread's rows, the four threads of a channel in a warp, the warps, then add_* and finish_moments over
 // the blocks; always in the same order, without atomics.
@@ -56,15 +57,12 @@ __device__ __forceinline__ void store_row(float* to, const float (&v)[8]) {
   reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-struct Sum {
-  float value = 0.f;
-  __device__ __forceinline__ void add(const Sum& other) { value += other.value; }
-};
-struct Sum4 {
-  float value[4] = {};
-  __device__ __forceinline__ void add(const Sum4& other) {
+template <int N>
+struct SumOf {
+  float value[N] = {};
+  __device__ __forceinline__ void add(const SumOf& other) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] += other.value[i];
+    for (int i = 0; i < N; ++i) value[i] += other.value[i];
   }
 };
 struct CountedMoments {
@@ -130,7 +128,7 @@ __device__ __forceinline__ void normalize_relu(const PointwiseParams& p) {
   }
 }
 
-// The ReLU's mask: of the result y, or of scale * z + shift.
+// The ReLU's mask: of the result y, of scale * z + shift, or without a scale none.
 template <bool kFromY>
 struct Mask;
 template <>
@@ -141,8 +139,9 @@ struct Mask<true> {
 template <>
 struct Mask<false> {
   Vector8 scale, shift;
-  __device__ __forceinline__ Mask(const PointwiseParams& p, int channel)
-      : scale(p.scale + channel), shift(p.shift + channel) {}
+  __device__ __forceinline__ Mask(const PointwiseParams& p, int channel) : scale(0.f), shift(1.f) {
+    if (p.scale) scale = Vector8(p.scale + channel), shift = Vector8(p.shift + channel);
+  }
   __device__ __forceinline__ bool passes(int k, float z, float) const { return !(scale.v[k] * z + shift.v[k] <= 0.f); }
 };
 
@@ -219,7 +218,10 @@ __device__ __forceinline__ void bn_relu_sums(const PointwiseParams& p) {
     }
   }
 #pragma unroll
-  for (int k = 0; k < 8; ++k) sum_g[k] = over_warp(Sum{sum_g[k]}).value, sum_gz[k] = over_warp(Sum{sum_gz[k]}).value;
+  for (int k = 0; k < 8; ++k) {
+    const SumOf<2> both = over_warp(SumOf<2>{{sum_g[k], sum_gz[k]}});
+    sum_g[k] = both.value[0], sum_gz[k] = both.value[1];
+  }
   if (threadIdx.x % 32 < kSlots) {
     store_row(&shared[threadIdx.x / 32][0][column], sum_g);
     store_row(&shared[threadIdx.x / 32][1][column], sum_gz);
@@ -327,16 +329,16 @@ __device__ __forceinline__ Value over_parts(int parts, bool in_range, Load load)
   return all;
 }
 
-// (parts, K, D, 9) -> out0 in T; size is a multiple of 8.
+// In T; size is a multiple of 8.
 template <class T>
-__device__ __forceinline__ void add_dweight(const ReduceParams& p) {
+__device__ __forceinline__ void add_dweight(const AddDweightParams& p) {
   const int64_t i = (blockIdx.x * static_cast<int64_t>(kReduceColumns) + threadIdx.x % kReduceColumns) * 4;
-  const Sum4 sum = over_parts<Sum4>(p.parts, i < p.size, [&](int part) {
+  const auto sum = over_parts<SumOf<4>>(p.parts, i < p.size, [&](int part) {
     const float4 v = *reinterpret_cast<const float4*>(p.partial + part * p.size + i);
-    return Sum4{{v.x, v.y, v.z, v.w}};
+    return SumOf<4>{{v.x, v.y, v.z, v.w}};
   });
   if (threadIdx.x >= kReduceColumns || i >= p.size) return;
-  T* out = static_cast<T*>(p.out0);
+  T* out = static_cast<T*>(p.dweight);
   if (!p.D) {
     *reinterpret_cast<uint2*>(out + i) =
         make_uint2(pack<T>(sum.value[0], sum.value[1]), pack<T>(sum.value[2], sum.value[3]));
@@ -354,31 +356,51 @@ __device__ __forceinline__ void add_dweight(const ReduceParams& p) {
 }  // namespace
 }  // namespace resnext_kernels::cuda
 
-// (parts, 2, C) -> out0 (C), out1 (C); size == C.
-extern "C" __global__ void __launch_bounds__(1024, 1) add_sums(const __grid_constant__ ReduceParams p) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(kReduceColumns) + threadIdx.x % kReduceColumns;
-  const Sum sum =
-      over_parts<Sum>(p.parts, i < 2 * p.size, [&](int part) { return Sum{p.partial[part * 2 * p.size + i]}; });
-  if (threadIdx.x >= kReduceColumns || i >= 2 * p.size) return;
-  static_cast<float*>(i < p.size ? p.out0 : p.out1)[i < p.size ? i : i - p.size] = sum.value;
+namespace resnext_kernels::cuda {
+namespace {
+
+__device__ __forceinline__ int reduced_channel() { return blockIdx.x * kReduceColumns + threadIdx.x % kReduceColumns; }
+
+// mean, unbias * var and rstd in three rows of C, scale and shift in two; the first may be null.
+__device__ __forceinline__ void store_vectors(const float* gamma, const float* beta, float mean, float var, float eps,
+                                              float unbias, float* statistics, float* affine, int64_t C, int c) {
+  const ScaleAndShift of = scale_and_shift(gamma, beta, mean, var, eps, c);
+  affine[c] = of.scale, affine[C + c] = of.shift;
+  if (statistics) statistics[c] = mean, statistics[C + c] = unbias * var, statistics[2 * C + c] = of.rstd;
 }
 
-// (parts, 4, C) count and Moments -> out0 mean (C), out1 biased variance (C).
-extern "C" __global__ void __launch_bounds__(1024, 1) finish_moments(const __grid_constant__ ReduceParams p) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(kReduceColumns) + threadIdx.x % kReduceColumns;
-  const CountedMoments all = over_parts<CountedMoments>(p.parts, i < p.size, [&](int part) {
-    const float* from = p.partial + part * 4 * p.size + i;
-    return CountedMoments{from[0], {from[p.size], from[2 * p.size], from[3 * p.size]}};
+}  // namespace
+}  // namespace resnext_kernels::cuda
+
+extern "C" __global__ void __launch_bounds__(1024, 1) add_sums(const __grid_constant__ AddSumsParams p) {
+  const int c = reduced_channel();
+  const auto sums = over_parts<SumOf<2>>(p.parts, c < p.C, [&](int part) {
+    const float* from = p.partial + int64_t{2} * part * p.C + c;
+    return SumOf<2>{{from[0], from[p.C]}};
   });
-  if (threadIdx.x >= kReduceColumns || i >= p.size) return;
-  static_cast<float*>(p.out0)[i] = all.moments.origin + all.moments.mean;
-  static_cast<float*>(p.out1)[i] = all.n > 0.f ? all.moments.m2 / all.n : 0.f;
+  if (threadIdx.x >= kReduceColumns || c >= p.C) return;
+  const float *mean = p.vectors, *rstd = mean + int64_t{2} * p.C, *scale = rstd + p.C;
+  const float sum_g = sums.value[0], sum_g_xhat = sums.value[1];
+  const float of_mean = -scale[c] / p.count, b = of_mean * rstd[c] * sum_g_xhat;
+  p.sum_g[c] = sum_g, p.sum_g_xhat[c] = sum_g_xhat;
+  p.coefficients[c] = b, p.coefficients[p.C + c] = of_mean * sum_g - b * mean[c];
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_f16(const __grid_constant__ ReduceParams p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) finish_moments(const __grid_constant__ FinishMomentsParams p) {
+  const int c = reduced_channel();
+  const auto all = over_parts<CountedMoments>(p.parts, c < p.C, [&](int part) {
+    const float* from = p.partial + int64_t{4} * part * p.C + c;
+    return CountedMoments{from[0], {from[p.C], from[2 * p.C], from[3 * p.C]}};
+  });
+  if (threadIdx.x >= kReduceColumns || c >= p.C) return;
+  store_vectors(p.gamma, p.beta, all.moments.origin + all.moments.mean, all.moments.m2 / all.n, p.eps,
+                all.n / fmaxf(all.n - 1.f, 1.f), p.vectors, p.vectors + int64_t{3} * p.C, p.C, c);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_f16(const __grid_constant__ AddDweightParams p) {
   add_dweight<__half>(p);
 }
-extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_bf16(const __grid_constant__ ReduceParams p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_bf16(const __grid_constant__ AddDweightParams p) {
   add_dweight<__nv_bfloat16>(p);
 }
 
@@ -387,17 +409,5 @@ extern "C" __global__ void __launch_bounds__(1024, 1) add_dweight_bf16(const __g
 extern "C" __global__ void __launch_bounds__(kThreads) bn_vectors(const __grid_constant__ BatchNormParams bn) {
   const int c = blockIdx.x * kThreads + threadIdx.x;
   if (c >= bn.C) return;
-  const ScaleAndShift of = scale_and_shift(bn.gamma, bn.beta, bn.mean, bn.var, bn.eps, c);
-  bn.affine[c] = of.scale, bn.affine[bn.C + c] = of.shift;
-  if (!bn.statistics) return;
-  bn.statistics[c] = bn.mean[c], bn.statistics[bn.C + c] = bn.unbias * bn.var[c], bn.statistics[2 * bn.C + c] = of.rstd;
-}
-
-extern "C" __global__ void __launch_bounds__(kThreads)
-    bn_gradient_vectors(const __grid_constant__ GradientVectorsParams p) {
-  const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i >= p.C) return;
-  const float mean = p.vectors[i], rstd = p.vectors[2 * p.C + i], scale = p.vectors[3 * p.C + i];
-  const float sum_g = p.sum_g[i], of_mean = -scale / p.count, b = of_mean * rstd * p.sum_g_xhat[i];
-  p.out[i] = b, p.out[p.C + i] = of_mean * sum_g - b * mean;
+  store_vectors(bn.gamma, bn.beta, bn.mean[c], bn.var[c], bn.eps, bn.unbias, bn.statistics, bn.affine, bn.C, c);
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem
 from . import reference
-from .reference import Affine, BatchNorm, BNGradient, dense_batch_norm
+from .reference import Affine, BatchNorm, BNGradient, TrainingBatchNorm, dense_batch_norm
 
 try:
     from .. import _C
@@ -67,6 +67,15 @@ def _ptrs(affine: Affine | None) -> tuple[int, int]:
 
 def _vector(length: int) -> Tensor:
     return torch.empty(length, dtype=torch.float32)
+
+
+def _vectors(channels: int) -> Tensor:
+    return torch.empty((5, channels), dtype=torch.float32)
+
+
+def _row(t: Tensor | None, row: int) -> int:
+    """Where this row of (R, C) begins; 0 without one."""
+    return 0 if t is None else t.data_ptr() + 4 * t.shape[1] * row
 
 
 def _m_and_c(z: Tensor) -> tuple[int, int]:
@@ -187,33 +196,33 @@ def conv_stats(
     x: Tensor,
     weight: Tensor,
     *,
+    bn: TrainingBatchNorm | None = None,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
     dilation: int = 1,
-    stats: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z = conv(x), and the mean and biased variance of its channels if `stats`."""
+) -> tuple[Tensor, Tensor | None]:
+    """z = conv(x), and with a BatchNorm the vectors of z's statistics."""
     k = weight.shape[0]
     if groups == 1 and _is_dense(x, weight, stride, dilation):
         z = _dense_conv(x, weight, prologue, stride, dilation)
-        return (z, *batch_stats(z)) if stats else (z, _vector(0), _vector(0))
+        return z, None if bn is None else batch_stats(z, bn)
     problem, shape, strides = _problem(
         x.shape, k, groups, stride, dilation, x.dtype, not weight.is_contiguous()
     )
     z = x.new_empty_strided(shape, strides)
-    mean, var = _vector(k * stats), _vector(k * stats)
+    vectors = None if bn is None else _vectors(k)
     _C.conv_stats(
         problem,
         x.data_ptr(),
         weight.data_ptr(),
         *_ptrs(prologue),
         z.data_ptr(),
-        mean.data_ptr(),
-        var.data_ptr(),
+        _row(vectors, 0),
+        _row(vectors, 1),
         torch.get_num_threads(),
     )
-    return z, mean, var
+    return z, None if bn is None or vectors is None else _finished(vectors, bn, z)
 
 
 # Instruction sets on which the compiled 1x1 convolution is faster than oneDNN's.
@@ -240,7 +249,7 @@ def _conv1x1(
     prologue: Affine | None,
     affine: Affine | None,
     residual: Tensor | None,
-    stats: Affine | None = None,
+    vectors: Tensor | None = None,
 ) -> Tensor:
     n, _, h, w = x.shape
     k = weight.shape[0]
@@ -254,7 +263,8 @@ def _conv1x1(
         *_ptrs(affine),
         _ptr(residual),
         y.data_ptr(),
-        *_ptrs(stats),
+        _row(vectors, 0),
+        _row(vectors, 1),
         torch.get_num_threads(),
     )
     return y
@@ -272,14 +282,20 @@ def conv1x1(
 
 
 def conv1x1_stats(
-    x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z = conv1x1(x), and the mean and biased variance of its channels."""
+    x: Tensor,
+    weight: Tensor,
+    bn: TrainingBatchNorm,
+    *,
+    prologue: Affine | None = None,
+    stride: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """z = conv1x1(x), and the vectors of its statistics."""
     if not _is_compiled_conv1x1(x, weight):
         z = conv1x1(x, weight, prologue=prologue, stride=stride)
-        return z, *batch_stats(z)
-    stats = _vector(weight.shape[0]), _vector(weight.shape[0])
-    return _conv1x1(_strided(x, stride), weight, prologue, None, None, stats), *stats
+        return z, batch_stats(z, bn)
+    vectors = _vectors(weight.shape[0])
+    z = _conv1x1(_strided(x, stride), weight, prologue, None, None, vectors)
+    return z, _finished(vectors, bn, z)
 
 
 def conv1x1_affine_relu(
@@ -352,20 +368,31 @@ def conv1x1_backward(
     return dx, dweight
 
 
-def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel over N, H and W."""
+def batch_stats(z: Tensor, bn: TrainingBatchNorm) -> Tensor:
+    """The vectors of the mean and variance of every channel over N, H and W."""
     m, c = _m_and_c(z)
-    mean, var = _vector(c), _vector(c)
+    vectors = _vectors(c)
     _C.batch_stats(
         _DTYPE_CODES[z.dtype],
         m,
         c,
         z.data_ptr(),
-        mean.data_ptr(),
-        var.data_ptr(),
+        _row(vectors, 0),
+        _row(vectors, 1),
         torch.get_num_threads(),
     )
-    return mean, var
+    return _finished(vectors, bn, z)
+
+
+def _finished(vectors: Tensor, bn: TrainingBatchNorm, z: Tensor) -> Tensor:
+    """`vectors`, of which mean and biased variance of z stand in the first two rows."""
+    gamma, beta, eps = bn
+    m, c = _m_and_c(z)
+    gamma = None if gamma is None else gamma.contiguous()
+    beta = None if beta is None else beta.contiguous()
+    at = vectors.data_ptr()
+    _C.bn_vectors(c, _ptr(gamma), _ptr(beta), at, at + 4 * c, eps, m / max(m - 1, 1), at)
+    return vectors
 
 
 def _normalize_relu(
@@ -406,32 +433,36 @@ def normalize_relu(
 
 
 def _sums(
-    dy: Tensor,
-    z: Tensor,
-    affine: Affine | None,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor | None,
-    g: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, z: Tensor, vectors: Tensor, y: Tensor | None, relu: bool, g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     m, c = _m_and_c(z)
     sum_g, sum_g_xhat = _vector(c), _vector(c)
+    coefficients = torch.empty((2, c), dtype=torch.float32)
     _C.bn_relu_backward(
         _DTYPE_CODES[z.dtype],
         m,
         c,
         dy.data_ptr(),
         z.data_ptr(),
-        *_ptrs(affine),
+        *_mask(vectors, relu),
         _ptr(y),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        _row(vectors, 0),
+        _row(vectors, 2),
         sum_g.data_ptr(),
         sum_g_xhat.data_ptr(),
         _ptr(g),
         torch.get_num_threads(),
     )
-    return sum_g, sum_g_xhat
+    _C.bn_gradient_vectors(
+        c,
+        sum_g.data_ptr(),
+        sum_g_xhat.data_ptr(),
+        vectors.data_ptr(),
+        max(m, 1),
+        _row(coefficients, 0),
+        _row(coefficients, 1),
+    )
+    return sum_g, sum_g_xhat, coefficients
 
 
 bn_relu_backward, bn_residual_relu_backward = reference.with_sums(_sums)
@@ -440,16 +471,14 @@ bn_relu_backward, bn_residual_relu_backward = reference.with_sums(_sums)
 def bn_relu_input_gradient(
     dy: Tensor,
     z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
+    vectors: Tensor,
+    coefficients: Tensor | None,
     *,
     y: Tensor | None = None,
+    relu: bool = True,
     inplace: bool = False,
 ) -> Tensor:
-    """dz = a*g [+ b*z + c]; with inplace, in dy's memory."""
+    """dz = scale*g [+ b*z + c]; with inplace, in dy's memory."""
     m, channels = _m_and_c(z)
     dz = dy if inplace else torch.empty_like(z, memory_format=torch.channels_last)
     _C.bn_relu_input_gradient(
@@ -458,16 +487,20 @@ def bn_relu_input_gradient(
         channels,
         dy.data_ptr(),
         z.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
+        *_mask(vectors, relu),
         _ptr(y),
-        a.data_ptr(),
-        _ptr(b),
-        _ptr(c),
+        _row(vectors, 3),
+        _row(coefficients, 0),
+        _row(coefficients, 1),
         dz.data_ptr(),
         torch.get_num_threads(),
     )
     return dz
+
+
+def _mask(vectors: Tensor | None, relu: bool) -> tuple[int, int]:
+    """scale and shift; without a ReLU neither."""
+    return (_row(vectors, 3), _row(vectors, 4)) if relu else (0, 0)
 
 
 def conv_backward(
@@ -477,6 +510,7 @@ def conv_backward(
     *,
     bn: BNGradient | None = None,
     y: Tensor | None = None,
+    relu: bool = True,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
@@ -486,7 +520,7 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed."""
     if groups == 1 and _is_dense(x, weight, stride, dilation, backward=True):
-        dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
+        dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y, relu=relu)
         if prologue is not None and need_dweight:
             x = normalize_relu(x, *prologue)
         return reference.conv_backward(
@@ -500,7 +534,7 @@ def conv_backward(
         )
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
     dweight = torch.empty_like(weight) if need_dweight else None
-    z, scale, shift, a, b, c = bn or (None,) * 6
+    z, vectors, coefficients = bn or (None, None, None)
     problem, _, _ = _problem(
         x.shape, weight.shape[0], groups, stride, dilation, x.dtype, not weight.is_contiguous()
     )
@@ -508,12 +542,11 @@ def conv_backward(
         problem,
         dy.data_ptr(),
         _ptr(z),
-        _ptr(scale),
-        _ptr(shift),
+        *_mask(vectors, relu),
         _ptr(y),
-        _ptr(a),
-        _ptr(b),
-        _ptr(c),
+        _row(vectors, 3),
+        _row(coefficients, 0),
+        _row(coefficients, 1),
         x.data_ptr(),
         *_ptrs(prologue),
         weight.data_ptr(),
@@ -550,7 +583,7 @@ def bn_vectors(
     """(5, C): mean, unbias * var, rstd, scale, shift."""
     bn = dense_batch_norm((gamma, beta, mean, var, eps))
     channels = mean.shape[0]
-    vectors = torch.empty((5, channels), dtype=torch.float32)
+    vectors = _vectors(channels)
     _C.bn_vectors(
         channels,
         *_bn_ptrs(bn),
@@ -558,20 +591,3 @@ def bn_vectors(
         vectors.data_ptr(),
     )
     return vectors
-
-
-def bn_gradient_vectors(
-    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """b and c of dz = scale*g + b*z + c."""
-    b, c = torch.empty_like(sum_g), torch.empty_like(sum_g)
-    _C.bn_gradient_vectors(
-        sum_g.shape[0],
-        sum_g.data_ptr(),
-        sum_g_xhat.data_ptr(),
-        vectors.data_ptr(),
-        count,
-        b.data_ptr(),
-        c.data_ptr(),
-    )
-    return b, c

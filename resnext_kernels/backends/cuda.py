@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem, weight_format
 from . import reference
-from .reference import Affine, BatchNorm, BNGradient, dense_batch_norm
+from .reference import Affine, BatchNorm, BNGradient, TrainingBatchNorm, dense_batch_norm
 
 try:
     from .. import _C
@@ -130,9 +130,8 @@ def _vector(like: Tensor, length: int) -> Tensor:
     return torch.empty(length, dtype=torch.float32, device=like.device)
 
 
-def _vectors(rows: int, like: Tensor) -> Tensor:
-    """(rows, C) for vectors of the length of `like`."""
-    return torch.empty((rows, like.shape[0]), dtype=torch.float32, device=like.device)
+def _vectors(rows: int, channels: int, like: Tensor) -> Tensor:
+    return torch.empty((rows, channels), dtype=torch.float32, device=like.device)
 
 
 def _out(x: Tensor, k: int, stride: int) -> Tensor:
@@ -218,18 +217,18 @@ def conv_stats(
     x: Tensor,
     weight: Tensor,
     *,
+    bn: TrainingBatchNorm | None = None,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
     dilation: int = 1,
-    stats: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z = conv(x), and the mean and biased variance of its channels if `stats`."""
+) -> tuple[Tensor, Tensor | None]:
+    """z = conv(x), and with a BatchNorm the vectors of z's statistics."""
     k = weight.shape[0]
     x, prologue = _aligned(x), _aligned_pair(prologue)
     weight, channels_last = _dense(weight)
     z = _out(x, k, stride)
-    mean, var = _vector(z, k * stats), _vector(z, k * stats)
+    bn, vectors = (None, None) if bn is None else (_dense_affine(bn), _vectors(5, k, z))
     plan = _C.cuda_plan_conv_stats(
         _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype),
         _device(x.device),
@@ -238,19 +237,19 @@ def conv_stats(
         channels_last,
         *_ptrs(prologue),
         _ptr(z),
-        _ptr(mean) if stats else 0,
-        _ptr(var) if stats else 0,
+        _training_ptrs(bn, k),
+        _ptr(vectors),
     )
     _run(plan, x)
-    return z, mean, var
+    return z, vectors
 
 
-def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel over N, H and W."""
-    z = _aligned(z)
-    mean, var = _vector(z, z.shape[1]), _vector(z, z.shape[1])
-    _run(_C.cuda_plan_batch_stats(*_matrix(z), _ptr(z), _ptr(mean), _ptr(var)), z)
-    return mean, var
+def batch_stats(z: Tensor, bn: TrainingBatchNorm) -> Tensor:
+    """The vectors of the mean and variance of every channel over N, H and W."""
+    z, c = _aligned(z), z.shape[1]
+    bn, vectors = _dense_affine(bn), _vectors(5, c, z)
+    _run(_C.cuda_plan_batch_stats(*_matrix(z), _ptr(z), _training_ptrs(bn, c), _ptr(vectors)), z)
+    return vectors
 
 
 def normalize_relu(
@@ -279,31 +278,25 @@ def normalize_relu(
 
 
 def _sums(
-    dy: Tensor,
-    z: Tensor,
-    affine: Affine | None,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor | None,
-    g: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dy, z, y = _aligned(dy), _aligned(z), _maybe_aligned(y)
-    affine, mean, rstd = _aligned_pair(affine), _aligned(mean), _aligned(rstd)
-    sum_g, sum_g_xhat = _vector(z, z.shape[1]), _vector(z, z.shape[1])
+    dy: Tensor, z: Tensor, vectors: Tensor, y: Tensor | None, relu: bool, g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, z, y, vectors = _aligned(dy), _aligned(z), _maybe_aligned(y), _aligned(vectors)
+    c = z.shape[1]
+    sum_g, sum_g_xhat, coefficients = _vector(z, c), _vector(z, c), _vectors(2, c, z)
     plan = _C.cuda_plan_bn_relu_backward(
         *_matrix(z),
         _ptr(dy),
         _ptr(z),
-        *_ptrs(affine),
+        _ptr(vectors),
         _ptr(y),
-        _ptr(mean),
-        _ptr(rstd),
+        relu,
         _ptr(sum_g),
         _ptr(sum_g_xhat),
+        _ptr(coefficients),
         _ptr(g),
     )
     _run(plan, z)
-    return sum_g, sum_g_xhat
+    return sum_g, sum_g_xhat, coefficients
 
 
 bn_relu_backward, bn_residual_relu_backward = reference.with_sums(_sums)
@@ -312,30 +305,25 @@ bn_relu_backward, bn_residual_relu_backward = reference.with_sums(_sums)
 def bn_relu_input_gradient(
     dy: Tensor,
     z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
+    vectors: Tensor,
+    coefficients: Tensor | None,
     *,
     y: Tensor | None = None,
+    relu: bool = True,
     inplace: bool = False,
 ) -> Tensor:
-    """dz = a*g [+ b*z + c]; with inplace, in dy's memory."""
+    """dz = scale*g [+ b*z + c]; with inplace, in dy's memory."""
     dy, z, y = _aligned(dy), _aligned(z), _maybe_aligned(y)
-    scale, shift, a = map(_aligned, (scale, shift, a))
-    b, c = _maybe_aligned(b), _maybe_aligned(c)
+    vectors, coefficients = _aligned(vectors), _maybe_aligned(coefficients)
     dz = dy if inplace else torch.empty_like(z, memory_format=torch.channels_last)
     plan = _C.cuda_plan_bn_relu_input_gradient(
         *_matrix(z),
         _ptr(dy),
         _ptr(z),
-        _ptr(scale),
-        _ptr(shift),
+        _ptr(vectors),
+        _ptr(coefficients),
         _ptr(y),
-        _ptr(a),
-        _ptr(b),
-        _ptr(c),
+        relu,
         _ptr(dz),
     )
     _run(plan, z)
@@ -349,6 +337,7 @@ def conv_backward(
     *,
     bn: BNGradient | None = None,
     y: Tensor | None = None,
+    relu: bool = True,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
@@ -359,7 +348,7 @@ def conv_backward(
     """Gradients of the convolution's input and weight, None where not needed."""
     dy, x, y = _aligned(dy), _aligned(x), _maybe_aligned(y)
     weight, channels_last = _dense(weight)
-    z, scale, shift, a, b, c = map(_maybe_aligned, bn or (None,) * 6)
+    z, vectors, coefficients = map(_maybe_aligned, bn or (None,) * 3)
     prologue = _aligned_pair(prologue)
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else None
     dweight = torch.empty_like(weight) if need_dweight else None
@@ -368,12 +357,10 @@ def conv_backward(
         _device(x.device),
         _ptr(dy),
         _ptr(z),
-        _ptr(scale),
-        _ptr(shift),
+        _ptr(vectors),
+        _ptr(coefficients),
         _ptr(y),
-        _ptr(a),
-        _ptr(b),
-        _ptr(c),
+        relu,
         _ptr(x),
         *_ptrs(prologue),
         _ptr(weight),
@@ -393,12 +380,23 @@ def _bn_ptrs(bn: BatchNorm) -> _BNPtrs:
     return mean.shape[0], _ptr(gamma), _ptr(beta), _ptr(mean), _ptr(var), eps
 
 
+def _dense_affine(bn: TrainingBatchNorm) -> TrainingBatchNorm:
+    gamma, beta, eps = bn
+    gamma = None if gamma is None else gamma.contiguous()
+    return gamma, None if beta is None else beta.contiguous(), eps
+
+
+def _training_ptrs(bn: TrainingBatchNorm | None, channels: int) -> _BNPtrs:
+    gamma, beta, eps = (None, None, 0.0) if bn is None else bn
+    return channels, _ptr(gamma), _ptr(beta), 0, 0, eps
+
+
 def bn_affine(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Affine:
     """scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
     bn = dense_batch_norm((gamma, beta, mean, var, eps))
-    scale, shift = affine = _vectors(2, mean)
+    scale, shift = affine = _vectors(2, mean.shape[0], mean)
     _run(_C.cuda_plan_bn_affine(_bn_ptrs(bn), _ptr(affine)), affine)
     return scale, shift
 
@@ -408,21 +406,9 @@ def bn_vectors(
 ) -> Tensor:
     """(5, C): mean, unbias * var, rstd, scale, shift."""
     bn = dense_batch_norm((gamma, beta, mean, var, eps))
-    vectors = _vectors(5, mean)
+    vectors = _vectors(5, mean.shape[0], mean)
     _run(_C.cuda_plan_bn_vectors(_bn_ptrs(bn), unbias, _ptr(vectors)), vectors)
     return vectors
-
-
-def bn_gradient_vectors(
-    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """b and c of dz = scale*g + b*z + c."""
-    b, c = both = _vectors(2, sum_g)
-    plan = _C.cuda_plan_bn_gradient_vectors(
-        sum_g.shape[0], _ptr(sum_g), _ptr(sum_g_xhat), _ptr(vectors), count, _ptr(both)
-    )
-    _run(plan, both)
-    return b, c
 
 
 # With what is ATen's ---------------------------------------------------------------------------

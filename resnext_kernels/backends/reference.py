@@ -2,7 +2,8 @@
 
 x, z, y, dy and the like are (N, C, H, W), dense in torch.channels_last; weight and dweight are
 (K, C/G, 3, 3), dense, both contiguous or both in torch.channels_last. Vectors (scale, shift, mean,
-...) have one element a channel, in float32 (float64 for float64 tensors). With
+...) have one element a channel, in float32 (float64 for float64 tensors). `vectors`, (5, C), is
+what is made of one BatchNorm: mean, unbiased variance, rstd, scale, shift. With
 `prologue=(in_scale, in_shift)` the convolution reads relu(in_scale * x + in_shift) in place of x.
 M = N*H*W.
 
@@ -25,8 +26,10 @@ NAME = "reference"
 Affine = tuple[Tensor, Tensor]
 # gamma, beta, mean, var, eps: see bn_affine
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
-# z, scale, shift, a, b, c: see bn_relu_input_gradient
-BNGradient = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+# gamma, beta, eps of a BatchNorm with the statistics of the batch
+TrainingBatchNorm = tuple[Tensor | None, Tensor | None, float]
+# z, vectors, coefficients: see bn_relu_input_gradient
+BNGradient = tuple[Tensor, Tensor, Tensor | None]
 
 
 def why_not(problem: ConvProblem) -> str | None:
@@ -40,6 +43,10 @@ def _per_channel(vector: Tensor) -> Tensor:
 
 def _nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
+
+
+def _count(z: Tensor) -> int:
+    return z.numel() // z.shape[1]
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ def _conv_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight of a 1x1 or 3x3 convolution, None where not needed."""
     padding = weight.shape[2] // 2 * dilation
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
+    dx, dweight, _ = torch.ops.aten.convolution_backward.default(
         dz,
         x,
         weight,
@@ -146,27 +153,27 @@ def conv_stats(
     x: Tensor,
     weight: Tensor,
     *,
+    bn: TrainingBatchNorm | None = None,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
     dilation: int = 1,
-    stats: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z = conv(x) and its `batch_stats`; two vectors of length 0 with stats=False."""
+) -> tuple[Tensor, Tensor | None]:
+    """z = conv(x), and with a BatchNorm its `batch_stats`."""
     z = _conv(_activated(x, prologue), weight, stride, groups, dilation)
-    if stats:
-        return z, *batch_stats(z)
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return z, z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
+    return z, None if bn is None else batch_stats(z, bn)
 
 
-def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel over N, H and W; zeros for an empty batch."""
+def batch_stats(z: Tensor, bn: TrainingBatchNorm) -> Tensor:
+    """`vectors` of the mean and variance of every channel over N, H and W; of 0 where M is 0."""
+    gamma, beta, eps = bn
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    if z.numel() == 0:
-        return z.new_zeros(z.shape[1], dtype=dtype), z.new_zeros(z.shape[1], dtype=dtype)
-    var, mean = torch.var_mean(z.to(dtype), (0, 2, 3), correction=0)
-    return mean, var
+    m = _count(z)
+    if m == 0:
+        mean = var = z.new_zeros(z.shape[1], dtype=dtype)
+    else:
+        var, mean = torch.var_mean(z.to(dtype), (0, 2, 3), correction=0)
+    return bn_vectors(gamma, beta, mean, var, eps, m / max(m - 1, 1))
 
 
 def normalize_relu(
@@ -188,13 +195,14 @@ class DenseConvolution(NamedTuple):
     """A backend's functions of the 1x1 convolution."""
 
     conv1x1: Callable[..., Tensor]
-    conv1x1_stats: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    conv1x1_stats: Callable[..., tuple[Tensor, Tensor]]
     conv1x1_affine_relu: Callable[..., Tensor]
     conv1x1_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
 def with_torch_convolution(
-    normalize_relu: Callable[..., Tensor], batch_stats: Callable[..., Affine]
+    normalize_relu: Callable[..., Tensor],
+    batch_stats: Callable[[Tensor, TrainingBatchNorm], Tensor],
 ) -> DenseConvolution:
     """A backend's 1x1 convolutions: torch's, with what the backend has to put around them."""
 
@@ -208,11 +216,16 @@ def with_torch_convolution(
         return _nhwc(torch.conv2d(activated(x, prologue), weight, None, stride))
 
     def conv1x1_stats(
-        x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor,
+        weight: Tensor,
+        bn: TrainingBatchNorm,
+        *,
+        prologue: Affine | None = None,
+        stride: int = 1,
+    ) -> tuple[Tensor, Tensor]:
         """z = conv1x1(x) and its `batch_stats`."""
         z = conv1x1(x, weight, prologue=prologue, stride=stride)
-        return z, *batch_stats(z)
+        return z, batch_stats(z, bn)
 
     def conv1x1_affine_relu(
         x: Tensor,
@@ -254,104 +267,96 @@ conv1x1, conv1x1_stats, conv1x1_affine_relu, conv1x1_backward = with_torch_convo
 )
 
 
-def _relu_gradient(dy: Tensor, z: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None) -> Tensor:
+def _relu_gradient(dy: Tensor, z: Tensor, vectors: Tensor, y: Tensor | None, relu: bool) -> Tensor:
     """g: dy where the ReLU passed, else 0; a NaN passes."""
-    before = _affine(z, scale, shift) if y is None else y
-    return torch.where(before <= 0, 0, dy.to(scale.dtype))
+    dy = dy.to(vectors.dtype)
+    if not relu:
+        return dy
+    before = _affine(z, vectors[3], vectors[4]) if y is None else y
+    return torch.where(before <= 0, 0, dy)
 
 
 def bn_relu_backward(
-    dy: Tensor,
-    z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, z: Tensor, vectors: Tensor, *, y: Tensor | None = None, relu: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """sum(g) and sum(g * (z - mean) * rstd) over N, H and W: the gradients of beta and gamma.
 
-    g is dy where relu passed: where not scale*z + shift <= 0, or not y <= 0 if y is given.
+    And what `bn_gradient_vectors` makes of them: what the gradient of z takes in training.
+    g is dy where relu passed: where not scale*z + shift <= 0, or not y <= 0 if y is given; with
+    relu=False it is dy.
     """
-    g = _relu_gradient(dy, z, scale, shift, y)
-    xhat = (z.to(scale.dtype) - _per_channel(mean)) * _per_channel(rstd)
-    return g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
+    g = _relu_gradient(dy, z, vectors, y, relu)
+    xhat = (z.to(vectors.dtype) - _per_channel(vectors[0])) * _per_channel(vectors[2])
+    sum_g, sum_g_xhat = g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
+    return sum_g, sum_g_xhat, bn_gradient_vectors(sum_g, sum_g_xhat, vectors, max(_count(z), 1))
 
 
 def bn_residual_relu_backward(
     dy: Tensor,
     z: Tensor,
     y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    vectors: Tensor,
     *,
-    sums: Callable[..., tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """g, the gradient of the residual, and the sums of `bn_relu_backward` with the mask of y.
+    sums: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """g, the gradient of the residual, and `bn_relu_backward` with the mask of y.
 
-    `sums`: another backend's bn_relu_backward; it does not read scale and shift where y is given.
+    `sums`: another backend's bn_relu_backward.
     """
     g = masked(dy, y)
-    return g, *(sums or bn_relu_backward)(g, z, rstd, mean, mean, rstd, y=y)
+    return g, *(sums or bn_relu_backward)(g, z, vectors, relu=False)
 
 
 def with_sums(
-    kernel: Callable[..., tuple[Tensor, Tensor]],
-) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    kernel: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> tuple[
+    Callable[..., tuple[Tensor, Tensor, Tensor]],
+    Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+]:
     """A backend's bn_relu_backward and bn_residual_relu_backward, by one kernel for both.
 
-    kernel(dy, z, affine, mean, rstd, y, g): the sums; the mask is y's where given, else that of
-    affine; g, where given, is filled.
+    kernel(dy, z, vectors, y, relu, g): what bn_relu_backward gives; g, where given, is filled.
     """
 
     def bn_relu_backward(
-        dy: Tensor,
-        z: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        *,
-        y: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
-        return kernel(dy, z, (scale, shift), mean, rstd, y, None)
+        dy: Tensor, z: Tensor, vectors: Tensor, *, y: Tensor | None = None, relu: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """sum(g), sum(g * (z - mean) * rstd), and (2, C): b and c of dz = scale*g + b*z + c."""
+        return kernel(dy, z, vectors, y, relu, None)
 
     def bn_residual_relu_backward(
-        dy: Tensor, z: Tensor, y: Tensor, mean: Tensor, rstd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """g, the gradient of the residual, and bn_relu_backward's sums with the mask of y."""
+        dy: Tensor, z: Tensor, y: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """g, the gradient of the residual, and bn_relu_backward with the mask of y."""
         g = torch.empty_like(z, memory_format=torch.channels_last)
-        return g, *kernel(dy, z, None, mean, rstd, y, g)
+        return g, *kernel(dy, z, vectors, y, True, g)
 
     return bn_relu_backward, bn_residual_relu_backward
 
 
 def masked(dy: Tensor, y: Tensor) -> Tensor:
     """g: dy where the ReLU passed, as its result y shows."""
-    return _nhwc(torch.ops.aten.threshold_backward(dy, y, 0))
+    return _nhwc(torch.ops.aten.threshold_backward.default(dy, y, 0))
 
 
 def bn_relu_input_gradient(
     dy: Tensor,
     z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
+    vectors: Tensor,
+    coefficients: Tensor | None,
     *,
     y: Tensor | None = None,
+    relu: bool = True,
     inplace: bool = False,
 ) -> Tensor:
-    """dz = a*g [+ b*z + c], g as in `bn_relu_backward`; inplace allows to overwrite and return dy.
+    """dz = scale*g [+ b*z + c], (b, c) = coefficients; g as in `bn_relu_backward`.
 
-    b and c are None with frozen statistics: they are zero, and infinite z does not matter then.
+    Without coefficients the statistics are frozen, and infinite z does not matter. `inplace` allows
+    to overwrite and return dy.
     """
-    dz = _relu_gradient(dy, z, scale, shift, y) * _per_channel(a)
-    if b is not None and c is not None:
-        dz = dz + _affine(z, b, c)
+    dz = _relu_gradient(dy, z, vectors, y, relu) * _per_channel(vectors[3])
+    if coefficients is not None:
+        dz = dz + _affine(z, coefficients[0], coefficients[1])
     return _nhwc(dz.to(dy.dtype))
 
 
@@ -362,6 +367,7 @@ def conv_backward(
     *,
     bn: BNGradient | None = None,
     y: Tensor | None = None,
+    relu: bool = True,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
@@ -371,11 +377,11 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and weight, None where not needed.
 
-    bn=(z, scale, shift, a, b, c): the gradient of the convolution's output is
-    `bn_relu_input_gradient(dy, z, scale, shift, a, b, c, y=y)`; bn=None: it is dy. With a prologue
-    the convolution's input is the activation that the prologue makes of x, and dx is its gradient.
+    bn=(z, vectors, coefficients): the gradient of the convolution's output is
+    `bn_relu_input_gradient(dy, *bn, y=y, relu=relu)`; bn=None: it is dy. With a prologue the
+    convolution's input is the activation that the prologue makes of x, and dx is its gradient.
     """
-    dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
+    dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y, relu=relu)
     read = _activated(x, prologue) if need_dweight else x
     return _conv_gradients(dz, read, weight, stride, groups, dilation, need_dx, need_dweight)
 
@@ -410,14 +416,12 @@ def bn_vectors(
     return torch.stack((mean, unbias * var, rstd, scale, shift))
 
 
-def bn_gradient_vectors(
-    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """b and c of dz = scale*g + b*z + c, from sums over `count` values and bn_vectors' result.
+def bn_gradient_vectors(sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int) -> Tensor:
+    """(2, C): b and c of dz = scale*g + b*z + c, from sums over `count` values.
 
     dz = scale * (g - sum_g / count - xhat * sum_g_xhat / count), with xhat = (z - mean) * rstd.
     """
     mean, _, rstd, scale, _ = vectors.unbind()
     of_mean = scale * (-1 / count)
     b = of_mean * rstd * sum_g_xhat
-    return b, torch.addcmul(of_mean * sum_g, b, mean, value=-1)
+    return torch.stack((b, torch.addcmul(of_mean * sum_g, b, mean, value=-1)))

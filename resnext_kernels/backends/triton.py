@@ -70,7 +70,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
 from . import reference, tuning
-from .reference import Affine, BatchNorm, BNGradient, dense_batch_norm
+from .reference import Affine, BatchNorm, BNGradient, TrainingBatchNorm, dense_batch_norm
 
 try:
     import triton
@@ -1348,10 +1348,31 @@ def _batch_stats_kernel(
 
 
 @_jit
-def _merge_statistics_kernel(
-    partial_ptr, mean_ptr, var_ptr, splits, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+def _store_vectors(
+    gamma_ptr, beta_ptr, mean, var, eps, unbias, statistics_ptr, affine_ptr, C, channel, ok
 ):
-    """Mean and biased variance from the partial statistics. Programs: (C / BLOCK_C,)."""
+    """statistics (3, C), if there is room for them: mean, unbias * var, rstd; affine (2, C)."""
+    rstd = 1.0 / tl.sqrt(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = _load(gamma_ptr, channel, ok) * rstd
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += _load(beta_ptr, channel, ok)
+    tl.store(affine_ptr + channel, scale, mask=ok)
+    tl.store(affine_ptr + C + channel, shift, mask=ok)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + channel, mean, mask=ok)
+        tl.store(statistics_ptr + C + channel, unbias * var, mask=ok)
+        tl.store(statistics_ptr + 2 * C + channel, rstd, mask=ok)
+
+
+@_jit
+def _merge_statistics_kernel(
+    partial_ptr, gamma_ptr, beta_ptr, vectors_ptr, eps, splits, C,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """vectors (5, C) from the partial statistics. Programs: (C / BLOCK_C,)."""
     row, channel, ok = _rows_and_channels(C, BLOCK_S, BLOCK_C)
     count = tl.zeros((BLOCK_C,), tl.float32)
     mean = tl.zeros((BLOCK_C,), tl.float32)  # relative to the mean of the pivots
@@ -1383,8 +1404,12 @@ def _merge_statistics_kernel(
         m2 += tl.sum(m2s + n * off * off, 0) + apart * apart * (count * added / both)
         mean += apart * (added / both)
         count += added
-    tl.store(mean_ptr + channel, pivot + mean, mask=ok)
-    tl.store(var_ptr + channel, m2 / tl.maximum(count, 1.0), mask=ok)
+    var = m2 / tl.maximum(count, 1.0)
+    unbias = count / tl.maximum(count - 1.0, 1.0)
+    _store_vectors(
+        gamma_ptr, beta_ptr, pivot + mean, var, eps, unbias,
+        vectors_ptr, vectors_ptr + 3 * C, C, channel, ok,
+    )  # fmt: skip
 
 
 @_jit
@@ -1415,6 +1440,33 @@ def _bn_relu_backward_kernel(
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + channel
     tl.store(partial, tl.sum(sum_g, 0), mask=ok)
     tl.store(partial + C, tl.sum(sum_g_xhat, 0), mask=ok)
+
+
+@_jit
+def _add_sums_kernel(
+    partial_ptr, vectors_ptr, sum_g_ptr, sum_g_xhat_ptr, coefficients_ptr, of_mean, splits, C,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial (splits, 2, C) -> sum_g, sum_g_xhat, and b and c of dz = scale*g + b*z + c.
+
+    of_mean = -1 / M. Programs: (C / BLOCK_C,).
+    """
+    row, channel, ok = _rows_and_channels(C, BLOCK_S, BLOCK_C)
+    sum_g = tl.zeros((BLOCK_C,), tl.float32)
+    sum_g_xhat = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        s = first + row
+        mask = (s < splits)[:, None] & ok[None, :]
+        partial = partial_ptr + s.to(tl.int64)[:, None] * 2 * C + channel[None, :]
+        sum_g += tl.sum(tl.load(partial, mask=mask, other=0.0), 0)
+        sum_g_xhat += tl.sum(tl.load(partial + C, mask=mask, other=0.0), 0)
+    scale = of_mean * _load(vectors_ptr + 3 * C, channel, ok)
+    b = scale * _load(vectors_ptr + 2 * C, channel, ok) * sum_g_xhat
+    c = scale * sum_g - b * _load(vectors_ptr, channel, ok)
+    tl.store(sum_g_ptr + channel, sum_g, mask=ok)
+    tl.store(sum_g_xhat_ptr + channel, sum_g_xhat, mask=ok)
+    tl.store(coefficients_ptr + channel, b, mask=ok)
+    tl.store(coefficients_ptr + C + channel, c, mask=ok)
 
 
 @_jit
@@ -1467,34 +1519,9 @@ def _bn_vectors_kernel(
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = channel < C
     mean, var = _load(mean_ptr, channel, ok), _load(var_ptr, channel, ok)
-    rstd = 1.0 / tl.sqrt(var + eps)
-    scale = rstd
-    if gamma_ptr is not None:
-        scale = _load(gamma_ptr, channel, ok) * rstd
-    shift = -mean * scale
-    if beta_ptr is not None:
-        shift += _load(beta_ptr, channel, ok)
-    tl.store(affine_ptr + channel, scale, mask=ok)
-    tl.store(affine_ptr + C + channel, shift, mask=ok)
-    if statistics_ptr is not None:
-        tl.store(statistics_ptr + channel, mean, mask=ok)
-        tl.store(statistics_ptr + C + channel, unbias * var, mask=ok)
-        tl.store(statistics_ptr + 2 * C + channel, rstd, mask=ok)
-
-
-@_jit
-def _bn_gradient_vectors_kernel(
-    sum_g_ptr, sum_g_xhat_ptr, mean_ptr, rstd_ptr, scale_ptr, out_ptr, of_mean, C,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out (2, C): b and c, with of_mean = -1 / count. Programs: (C / BLOCK,)."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = channel < C
-    scale = of_mean * _load(scale_ptr, channel, ok)
-    b = scale * _load(rstd_ptr, channel, ok) * _load(sum_g_xhat_ptr, channel, ok)
-    c = scale * _load(sum_g_ptr, channel, ok) - b * _load(mean_ptr, channel, ok)
-    tl.store(out_ptr + channel, b, mask=ok)
-    tl.store(out_ptr + C + channel, c, mask=ok)
+    _store_vectors(
+        gamma_ptr, beta_ptr, mean, var, eps, unbias, statistics_ptr, affine_ptr, C, channel, ok
+    )
 
 
 # Launchers -----------------------------------------------------------------------------------
@@ -1543,9 +1570,9 @@ def _split_blocks(blocks: int, programs: int) -> tuple[int, int]:
     return triton.cdiv(blocks, each), each
 
 
-def _vectors(z: Tensor, count: int) -> tuple[Tensor, ...]:
-    shape = (count, z.shape[1])
-    return torch.empty(shape, dtype=torch.float32, device=z.device).unbind()
+def _vectors(z: Tensor, rows: int) -> Tensor:
+    """(rows, C) for z."""
+    return torch.empty((rows, z.shape[1]), dtype=torch.float32, device=z.device)
 
 
 def _convolve(
@@ -1696,7 +1723,7 @@ def _dense_conv(x: Tensor, weight: Tensor, prologue: Affine | None, conv: dict[s
     """z by torch's own convolution."""
     if prologue is not None:
         x = normalize_relu(x, *prologue)
-    return reference.conv_stats(x, weight, stats=False, **conv)[0]
+    return reference.conv_stats(x, weight, **conv)[0]
 
 
 def _source(prologue: Affine | None) -> tuple[Tensor | None, ...]:
@@ -1718,22 +1745,24 @@ def _blocks(z: Tensor) -> tuple[int, int, dict[str, int]]:
     return n * h * w, c, {"BLOCK_M": min(4096 // block_c, 128), "BLOCK_C": block_c}
 
 
-def _merged(partial: Tensor) -> tuple[Tensor, Tensor]:
+def _of_parts(kernel: Any, partial: Tensor, *args: Any) -> None:
+    """Launch a second stage over the partial results (splits, ., C)."""
     splits, _, c = partial.shape
-    mean, var = _vectors(partial[:, 0], 2)
     # about 64 programs, so that it takes little time; 8 channels are a sector
     block_c = max(8, _pow2(triton.cdiv(c, 64), 1))
     block_s = max(16, min(_pow2(splits, 1), 2048 // block_c))
-    _launch(
-        _merge_statistics_kernel,
-        (triton.cdiv(c, block_c),),
-        *(partial, mean, var, splits, c),
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        warps=4,
-        stages=1,
-    )
-    return mean, var
+    grid = (triton.cdiv(c, block_c),)
+    sizes = {"BLOCK_S": block_s, "BLOCK_C": block_c}
+    _launch(kernel, grid, partial, *args, splits, c, **sizes, warps=4, stages=1)
+
+
+def _merged(partial: Tensor, bn: TrainingBatchNorm, z: Tensor) -> Tensor:
+    """The vectors of z from its partial statistics."""
+    gamma, beta, eps = bn
+    vectors = _vectors(z, 5)
+    affine = (t if t is None else t.contiguous() for t in (gamma, beta))
+    _of_parts(_merge_statistics_kernel, partial, *affine, vectors, float(eps))
+    return vectors
 
 
 def conv_affine_relu(
@@ -1795,25 +1824,6 @@ def bn_vectors(
     return vectors
 
 
-def bn_gradient_vectors(
-    sum_g: Tensor, sum_g_xhat: Tensor, vectors: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """b and c of dz = scale*g + b*z + c."""
-    channels = sum_g.shape[0]
-    mean, _, rstd, scale, _ = vectors.unbind()
-    out = sum_g.new_empty((2, channels))
-    _launch(
-        _bn_gradient_vectors_kernel,
-        (triton.cdiv(channels, _CHANNELS),),
-        *(sum_g.contiguous(), sum_g_xhat.contiguous(), mean, rstd, scale, out, -1.0 / count),
-        channels,
-        BLOCK=_CHANNELS,
-        warps=4,
-        stages=1,
-    )
-    return out[0], out[1]
-
-
 conv_bn_relu = reference.with_batch_norms(conv_affine_relu, bn_affine)
 
 
@@ -1821,29 +1831,25 @@ def conv_stats(
     x: Tensor,
     weight: Tensor,
     *,
+    bn: TrainingBatchNorm | None = None,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
     dilation: int = 1,
-    stats: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z = conv(x), and the mean and biased variance of its channels if `stats`."""
+) -> tuple[Tensor, Tensor | None]:
+    """z = conv(x), and with a BatchNorm the vectors of z's statistics."""
     conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
     if _is_dense(weight, groups):
         z = _dense_conv(x, weight, prologue, conv)
-        if stats:
-            return z, *batch_stats(z)
-    else:
-        z = _out(x, weight.shape[0], stride)
-        partial = _convolve(x, weight, z, gradient=_source(prologue), stats=stats, **conv)
-        if partial is not None:
-            return z, *_merged(partial)
-    empty = x.new_empty(0, dtype=torch.float32)
-    return z, empty, empty
+        return z, None if bn is None else batch_stats(z, bn)
+    z = _out(x, weight.shape[0], stride)
+    stats = bn is not None
+    partial = _convolve(x, weight, z, gradient=_source(prologue), stats=stats, **conv)
+    return z, None if bn is None or partial is None else _merged(partial, bn, z)
 
 
-def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel over N, H and W; zeros for an empty batch."""
+def batch_stats(z: Tensor, bn: TrainingBatchNorm) -> Tensor:
+    """The vectors of the mean and variance of every channel over N, H and W."""
     m, c, meta = _blocks(z)
     channels = triton.cdiv(c, meta["BLOCK_C"])
     splits, each = _split_blocks(triton.cdiv(m, meta["BLOCK_M"]), channels)
@@ -1851,7 +1857,7 @@ def batch_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     _launch(
         _batch_stats_kernel, (channels, splits), z, partial, m, c, each, warps=4, stages=2, **meta
     )
-    return _merged(partial)
+    return _merged(partial, bn, z)
 
 
 def normalize_relu(
@@ -1872,22 +1878,29 @@ def normalize_relu(
     return y
 
 
+def _mask(vectors: Tensor, relu: bool) -> Affine:
+    """scale and shift: scale*z + shift <= 0 where the ReLU stops, nowhere without a ReLU."""
+    scale, shift = vectors[3], vectors[4]
+    return scale, shift if relu else torch.full_like(shift, float("inf"))
+
+
+def _gradient(
+    z: Tensor, vectors: Tensor, coefficients: Tensor | None, y: Tensor | None, relu: bool
+) -> tuple[Tensor | None, ...]:
+    """z, y, scale, shift, a, b, c of `_load_source`."""
+    b, c = (None, None) if coefficients is None else (coefficients[0], coefficients[1])
+    return z, y, *_mask(vectors, relu), vectors[3], b, c
+
+
 def bn_relu_backward(
-    dy: Tensor,
-    z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W, g the gradient behind the ReLU."""
+    dy: Tensor, z: Tensor, vectors: Tensor, *, y: Tensor | None = None, relu: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(g), sum(g * (z - mean) * rstd), and (2, C): b and c of dz = scale*g + b*z + c."""
     m, c, meta = _blocks(z)
     channels = triton.cdiv(c, meta["BLOCK_C"])
     splits, each = _split_blocks(triton.cdiv(m, meta["BLOCK_M"]), channels)
     partial = z.new_empty((splits, 2, c), dtype=torch.float32)
-    tensors = (dy, z, y, scale, shift, mean, rstd, partial)
+    tensors = (dy, z, y, *_mask(vectors, relu), vectors[0], vectors[2], partial)
     _launch(
         _bn_relu_backward_kernel,
         (channels, splits),
@@ -1899,37 +1912,35 @@ def bn_relu_backward(
         stages=2,
         **meta,
     )
-    sums = z.new_empty((2, c), dtype=torch.float32)
-    _sum(partial, sums, taps=1)
-    sum_g, sum_g_xhat = sums.unbind()
-    return sum_g, sum_g_xhat
+    sum_g, sum_g_xhat = torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
+    coefficients = _vectors(z, 2)
+    sums = (sum_g, sum_g_xhat, coefficients)
+    _of_parts(_add_sums_kernel, partial, vectors, *sums, -1.0 / max(m, 1))
+    return sums
 
 
-def _sum(partial: Tensor, out: Tensor, *, taps: int) -> None:
-    """out = the sum of partial (splits, taps, ...) over its first dimension, taps last."""
-    m = out.numel() // taps
-    grid = (triton.cdiv(out.numel(), 256),)
-    args = (partial, out, partial.shape[0], m)
-    _launch(_sum_kernel, grid, *args, TAPS=taps, BLOCK=256, warps=4, stages=1)
+def _sum(partial: Tensor, dweight: Tensor) -> None:
+    """dweight = the sum of partial (splits, 9, K, D) over its first dimension, taps last."""
+    grid = (triton.cdiv(dweight.numel(), 256),)
+    args = (partial, dweight, partial.shape[0], dweight.numel() // 9)
+    _launch(_sum_kernel, grid, *args, TAPS=9, BLOCK=256, warps=4, stages=1)
 
 
 def bn_relu_input_gradient(
     dy: Tensor,
     z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
+    vectors: Tensor,
+    coefficients: Tensor | None,
     *,
     y: Tensor | None = None,
+    relu: bool = True,
     inplace: bool = False,
 ) -> Tensor:
-    """dz = a*g [+ b*z + c]; with inplace, in dy's memory."""
+    """dz = scale*g [+ b*z + c]; with inplace, in dy's memory."""
     dz = dy if inplace else torch.empty_like(z, memory_format=torch.channels_last)
     m, channels, meta = _blocks(z)
     grid = (triton.cdiv(channels, meta["BLOCK_C"]) * triton.cdiv(m, meta["BLOCK_M"]),)
-    tensors = (dy, z, y, scale, shift, a, b, c, dz)
+    tensors = (dy, *_gradient(z, vectors, coefficients, y, relu), dz)
     _launch(_input_gradient_kernel, grid, *tensors, m, channels, warps=4, stages=1, **meta)
     return dz
 
@@ -1991,7 +2002,7 @@ def _dweight(
         stages=2 if gradient[0] is None and prologue is None else 1,
     )
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    _sum(partial, dweight, taps=9)
+    _sum(partial, dweight)
     return in_format_of(weight, dweight)
 
 
@@ -2067,7 +2078,7 @@ def _dx_dweight(
         stages=1,
     )
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    _sum(partial, dweight, taps=9)
+    _sum(partial, dweight)
     return dx, in_format_of(weight, dweight)
 
 
@@ -2078,6 +2089,7 @@ def conv_backward(
     *,
     bn: BNGradient | None = None,
     y: Tensor | None = None,
+    relu: bool = True,
     prologue: Affine | None = None,
     stride: int = 1,
     groups: int = 1,
@@ -2088,7 +2100,7 @@ def conv_backward(
     """Gradients of the convolution's input and weight, None where not needed."""
     conv: dict[str, Any] = {"stride": stride, "groups": groups, "dilation": dilation}
     if _is_dense(weight, groups):
-        dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y)
+        dz = dy if bn is None else bn_relu_input_gradient(dy, *bn, y=y, relu=relu)
         if prologue is not None and need_dweight:
             x = normalize_relu(x, *prologue)
         needs: dict[str, Any] = {"need_dx": need_dx, "need_dweight": need_dweight}
@@ -2097,19 +2109,17 @@ def conv_backward(
     dx = dweight = dz = None
     if need_dx and need_dweight and _fuses(weight, **conv):
         if bn is not None:
-            z, scale, shift, a, b, c = bn
-            gradient = (z, y, scale, shift, a, b, c)
+            gradient = _gradient(*bn, y, relu)
         return _dx_dweight(dy, gradient, x, weight, prologue, stride, groups)
     if bn is not None:
-        z, scale, shift, a, b, c = bn
         if not need_dx or _walks_rows(x, weight, **conv):
-            gradient = (z, y, scale, shift, a, b, c)
+            gradient = _gradient(*bn, y, relu)
             if need_dx and need_dweight:
                 # as many bytes as to read dy and z again, and nothing to compute at that load
                 dz = torch.empty_like(dy, memory_format=torch.channels_last)
         else:
             # `_conv_kernel` would make each dz up to nine times
-            dy = bn_relu_input_gradient(dy, *bn, y=y)
+            dy = bn_relu_input_gradient(dy, *bn, y=y, relu=relu)
     if need_dx:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         _convolve(dy, weight, dx, gradient=gradient, transposed=True, dz=dz, **conv)
