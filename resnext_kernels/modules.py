@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -116,8 +117,26 @@ def _sync_group(bn: nn.SyncBatchNorm) -> str:
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
+def _counter(bn: nn.Module | None) -> Tensor | None:
+    """Where `bn` counts the batches of training, if it does now."""
+    if isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and bn.training:
+        return _tensor(bn, "num_batches_tracked") if bn.track_running_stats else None
+    return None
+
+
+def _states(*bns: nn.Module | None) -> list[Any]:
+    """BatchNormState: what each of `bns` brings to this call; counts the batch as torch does."""
+    counters = [t for t in map(_counter, bns) if t is not None]
+    if len(set(map(id, counters))) == len(counters) > 1:
+        torch._foreach_add_(counters, 1)  # one kernel on a GPU
+    else:
+        for counter in counters:
+            counter.add_(1)
+    return [None if bn is None else _state(bn) for bn in bns]
+
+
 def _state(bn: nn.Module) -> BatchNormState:
-    """What `bn` brings to this call, by its own training flag; counts the batch as torch does."""
+    """What `bn`, which has counted the batch, brings to this call, by its own training flag."""
     if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         frozen: Any = bn  # by its attributes
         vectors = frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var
@@ -125,14 +144,9 @@ def _state(bn: nn.Module) -> BatchNormState:
     mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
     training = bn.training or (mean is None and var is None)
     momentum: Any = bn.momentum
-    if bn.training and bn.track_running_stats:
-        batches = _tensor(bn, "num_batches_tracked")
-        if batches is not None:
-            batches.add_(1)
-            if momentum is None:  # cumulative average
-                momentum = 1.0 / batches.double()
-    if momentum is None:
-        momentum = 0.0
+    if momentum is None:  # cumulative average
+        batches = _counter(bn)
+        momentum = 0.0 if batches is None else 1.0 / batches.double()
     tracked = not bn.training or bn.track_running_stats
     return BatchNormState(
         _tensor(bn, "weight"),
@@ -161,7 +175,7 @@ def conv_bn_relu(
     return functional.conv_bn_relu(
         x,
         _tensor(conv, "weight"),
-        _state(bn),
+        *_states(bn),
         residual=residual,
         stride=conv.stride[0],
         groups=conv.groups,
@@ -186,13 +200,8 @@ def batch_norm_relu(
     backend: str | None = None,
 ) -> Tensor:
     """relu(bn(z) [+ residual | + residual_bn(residual)]) of modules `why_not_norm` allows."""
-    return functional.bn_relu(
-        z,
-        _state(bn),
-        residual=residual,
-        residual_bn=None if residual_bn is None else _state(residual_bn),
-        backend=backend,
-    )
+    own, of_residual = _states(bn, residual_bn)
+    return functional.bn_relu(z, own, residual=residual, residual_bn=of_residual, backend=backend)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -205,7 +214,7 @@ def batch_norm_relu_max_pool(
     """pool(relu(bn(z))) of a module that `why_not_norm` allows and a plain nn.MaxPool2d."""
     return functional.bn_relu_max_pool(
         z,
-        _state(bn),
+        *_states(bn),
         kernel_size=_pair(pool.kernel_size),
         stride=_pair(pool.stride),
         padding=_pair(pool.padding),
@@ -403,17 +412,18 @@ class FusedGroupedBottleneck(nn.Module):
                 weight, stride = conv.weight, conv.stride[0]
             else:
                 residual = conv(x)
+        bn1, bn2, bn3, of_residual = _states(self.bn1, self.bn2, self.bn3, residual_bn)
         return functional.bottleneck(
             x,
             self.conv1.weight,
-            _state(self.bn1),
+            bn1,
             self.conv2.weight,
-            _state(self.bn2),
+            bn2,
             self.conv3.weight,
-            _state(self.bn3),
+            bn3,
             residual,
             residual_weight=weight,
-            residual_bn=None if residual_bn is None else _state(residual_bn),
+            residual_bn=of_residual,
             residual_stride=stride,
             stride=self.conv2.stride[0],
             groups=self.conv2.groups,
@@ -426,11 +436,13 @@ class FusedGroupedBottleneck(nn.Module):
     def _branch(self, x: Tensor) -> Tensor:
         """conv3's output."""
         pointwise = self._ends_pointwise()
+        z = conv1x1(self.conv1, x)
+        bn1, bn2 = _states(self.bn1, self.bn2)
         z = functional.conv_bn_relu(
-            conv1x1(self.conv1, x),
+            z,
             self.conv2.weight,
-            _state(self.bn2),
-            input_bn=_state(self.bn1),
+            bn2,
+            input_bn=bn1,
             pointwise_weight=self.conv3.weight if pointwise else None,
             stride=self.conv2.stride[0],
             groups=self.conv2.groups,
