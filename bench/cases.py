@@ -299,6 +299,7 @@ def gpu() -> list[Case]:
             passes=["eval", "forward+backward"],
             series=["complexity", "width"],
         ),
-        replace(common, levels=["block", "network"], series=["stages"]),
+        replace(common, levels=["block"], series=["stages"]),
+        replace(common, levels=["network"], batches=[64, 256]),
     )
     return unique(itertools.chain.from_iterable(product(axes) for axes in parts))

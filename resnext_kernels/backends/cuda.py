@@ -16,6 +16,7 @@ from torch import Tensor
 from ..problem import ConvProblem, weight_format
 from . import reference
 from .reference import Affine, BatchNorm, BNGradient, TrainingBatchNorm, dense_batch_norm
+from .reference import aligned as _aligned
 
 try:
     from .. import _C
@@ -104,11 +105,6 @@ def _run(plan: _C.CudaPlan, on: Tensor) -> None:
     # a thirtieth of the time of torch.cuda.current_stream(index).cuda_stream
     stream = torch._C._cuda_getCurrentRawStream(index)
     _C.cuda_run(plan, _ptr(workspace), index, stream)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """Kernels move 16 bytes at a time; a view may begin anywhere."""
-    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _dense(weight: Tensor) -> tuple[Tensor, bool]:

@@ -53,8 +53,16 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x.to(scale.dtype) * _per_channel(scale) + _per_channel(shift)
 
 
+def aligned(t: Tensor) -> Tensor:
+    """Kernels move 16 bytes at a time, cuDNN's too; a view may begin anywhere."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _conv(x: Tensor, weight: Tensor, stride: int, groups: int, dilation: int) -> Tensor:
-    return _nhwc(torch.conv2d(x, weight, None, stride, dilation, dilation, groups))
+    """A 1x1 or 3x3 convolution."""
+    padding = weight.shape[2] // 2 * dilation
+    z = torch.conv2d(aligned(x), aligned(weight), None, stride, padding, dilation, groups)
+    return _nhwc(z)
 
 
 def _conv_gradients(
@@ -70,9 +78,9 @@ def _conv_gradients(
     """Gradients of x and weight of a 1x1 or 3x3 convolution, None where not needed."""
     padding = weight.shape[2] // 2 * dilation
     dx, dweight, _ = torch.ops.aten.convolution_backward.default(
-        dz,
-        x,
-        weight,
+        aligned(dz),
+        aligned(x),
+        aligned(weight),
         None,
         [stride, stride],
         [padding, padding],
@@ -213,7 +221,7 @@ def with_torch_convolution(
         x: Tensor, weight: Tensor, *, prologue: Affine | None = None, stride: int = 1
     ) -> Tensor:
         """z = the dense convolution of x and a weight of (K, C, 1, 1)."""
-        return _nhwc(torch.conv2d(activated(x, prologue), weight, None, stride))
+        return _conv(activated(x, prologue), weight, stride, 1, 1)
 
     def conv1x1_stats(
         x: Tensor,
