@@ -10,7 +10,7 @@ for its compulsory bytes:
     eval       conv_affine_relu               x, weight -> y
     forward    conv_stats                     x, weight -> z, vectors of its BatchNorm
     normalize  normalize_relu                 z -> y
-    backward   bn_relu_backward               dy, z -> two sums
+    backward   bn_relu_backward               dy, z -> two sums, and coefficients of them
                conv_backward                  dy, z, x, weight -> dx, dweight
 
 In eval the layer is by itself. In training x is the previous layer's z, as in a bottleneck: its

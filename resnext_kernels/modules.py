@@ -127,12 +127,16 @@ def _counter(bn: nn.Module | None) -> Tensor | None:
 def _states(*bns: nn.Module | None) -> list[Any]:
     """BatchNormState: what each of `bns` brings to this call; counts the batch as torch does."""
     counters = [t for t in map(_counter, bns) if t is not None]
-    if len(set(map(id, counters))) == len(counters) > 1:
+    together = len(set(map(id, counters))) == len(counters) > 1
+    if together:
         torch._foreach_add_(counters, 1)  # one kernel on a GPU
-    else:
-        for counter in counters:
+    states: list[Any] = []
+    for bn in bns:  # one that comes twice counts between: its momentum may depend on the count
+        counter = None if together else _counter(bn)
+        if counter is not None:
             counter.add_(1)
-    return [None if bn is None else _state(bn) for bn in bns]
+        states.append(None if bn is None else _state(bn))
+    return states
 
 
 def _state(bn: nn.Module) -> BatchNormState:

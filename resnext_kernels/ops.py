@@ -89,7 +89,7 @@ class BatchNorm(NamedTuple):
     @property
     def training(self) -> bool:
         """Whether it takes the statistics of the batch."""
-        return self.eps is not None and self.mean is None
+        return self.of_batch is not None
 
     @property
     def of_batch(self) -> TrainingBatchNorm | None:

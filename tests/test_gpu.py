@@ -252,8 +252,8 @@ def test_past_int32(backend: str, case: Case) -> None:
         module.conv_affine_relu(small.x, small.weight, *vectors, residual=small.z, **conv),
     )
     check(
-        module.conv_stats(x, small.weight, **conv)[0],
-        module.conv_stats(small.x, small.weight, **conv)[0],
+        module.conv_stats(x, small.weight, bn=small.bn, **conv)[0],
+        module.conv_stats(small.x, small.weight, bn=small.bn, **conv)[0],
     )
     check(module.normalize_relu(z, *vectors), module.normalize_relu(small.z, *vectors))
     # a gradient of zeros but for the last images: sums over all pixels are those of the last

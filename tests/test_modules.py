@@ -162,6 +162,21 @@ def test_batch_norm_options(option: str, mode: str) -> None:
         hold(*blocks, images(64))
 
 
+@pytest.mark.parametrize("momenta", [(0.1, 0.1, 0.1), (0.1, 0.2, None), (None,) * 3], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["", "bn2 is bn1"])
+def test_running_statistics(momenta: tuple[float | None, ...], shared: bool) -> None:
+    """Each BatchNorm's by its own momentum; one of two layers takes one after the other."""
+    blocks = trio("stride2")
+    for block in blocks:
+        if shared:
+            block.bn2 = block.bn1
+        for bn, momentum in zip((block.bn1, block.bn2, block.bn3), momenta, strict=True):
+            bn.momentum = momentum
+        block.train()
+    for _ in range(3):
+        hold(*blocks, images(64))
+
+
 def test_several_training_steps() -> None:
     """SGD over three batches: outputs and state stay within twice torchvision's own drift."""
     blocks = trio("stride2")

@@ -87,6 +87,7 @@ struct Kernels {
   void (*bn_affine)(int64_t C, const BatchNorm& bn, float* scale, float* shift);
 
   // vectors, (5, C): mean, unbias * var, rstd, scale, shift
+  // bn.mean and bn.var may be the first two rows of `vectors`
   void (*bn_vectors)(int64_t C, const BatchNorm& bn, float unbias, float* vectors);
 
   // b and c of dz = scale * g + b * z + c from the sums over `count` values and the (5, C) of bn_vectors

@@ -305,7 +305,6 @@ inline void bn_affine(int64_t C, const BatchNorm& bn, float* scale, float* shift
   }
 }
 
-// bn.mean and bn.var may be the first two rows of `vectors`.
 inline void bn_vectors(int64_t C, const BatchNorm& bn, float unbias, float* vectors) {
   float *mean = vectors, *var = mean + C, *rstd = var + C, *scale = rstd + C, *shift = scale + C;
 #pragma omp simd

@@ -21,7 +21,7 @@ float* out_vec(Pointer p) { return reinterpret_cast<float*>(p); }
 Affine affine(Pointer scale, Pointer shift) { return {vec(scale), vec(shift)}; }
 // C, gamma, beta, mean, var, eps
 using BatchNormPointers = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, float>;
-// b and c are rows of the coefficients; scale, shift and a of the vectors, of which a mask may be left out
+// scale, shift and a are rows of the vectors, b and c of the coefficients; relu false: no mask
 Gradient gradient(int64_t C, Pointer dy, Pointer z, Pointer vectors, Pointer coefficients, Pointer y, bool relu) {
   Gradient made;
   made.dy = in(dy), made.z = in(z), made.y = in(y);

@@ -102,7 +102,7 @@ struct PointwiseParams {
   const void* residual;
   const float *scale, *shift;          // of z
   const float *res_scale, *res_shift;  // of the residual
-  const float *a, *b, *c;              // dz = a * g [+ b * z + c]; with scale and y null, g = dy
+  const float *a, *b, *c;              // dz = a * g [+ b * z + c]; without scale and y there is no ReLU: g = dy
   const float *mean, *rstd;
   void* out;
   float* partial;  // sums: (parts, 2, C), statistics: (parts, 4, C)

@@ -36,10 +36,9 @@ Launch reduce_launch(std::string kernel, int64_t columns, const Params& params) 
   return launch(std::move(kernel), {static_cast<unsigned>(ceil_div<int64_t>(columns, kReduceColumns)), 1, 1},
                 32 * std::min(warps, 32), 0, params, offsetof(Params, partial));
 }
-Launch finish_moments(const BatchNorm& bn, float* vectors, int64_t C, int parts) {
-  return reduce_launch(
-      "finish_moments", C,
-      FinishMomentsParams{nullptr, bn.gamma, bn.beta, vectors, bn.eps, static_cast<int32_t>(C), parts});
+Launch finish_moments(const BatchNorm& bn, float* vectors, int parts) {
+  const FinishMomentsParams params{nullptr, bn.gamma, bn.beta, vectors, bn.eps, static_cast<int32_t>(bn.C), parts};
+  return reduce_launch("finish_moments", bn.C, params);
 }
 
 // ---- channels of a block ---------------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ Plan plan_forward(const ConvProblem& problem, const Device& device, const ConvPa
   if (vectors) {
     plan.workspace_floats = int64_t{4} * t.parts() * problem.C;
     plan.launches[0].workspace_at = offsetof(ConvParams, stats);
-    plan.launches.push_back(finish_moments(bn, vectors, problem.C, t.parts()));
+    plan.launches.push_back(finish_moments(bn, vectors, t.parts()));
   }
   return plan;
 }
@@ -337,7 +336,7 @@ Plan plan_batch_stats(DType dtype, int64_t M, int64_t C, const Device& device, c
   plan.workspace_floats = 4 * C * p.parts;
   plan.launches.push_back(
       launch("moments_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
-  plan.launches.push_back(finish_moments(bn, vectors, C, p.parts));
+  plan.launches.push_back(finish_moments(bn, vectors, p.parts));
   return plan;
 }
 
@@ -361,7 +360,8 @@ Plan plan_bn_relu_backward(DType dtype, int64_t M, int64_t C, const Device& devi
   plan.workspace_floats = 2 * C * p.parts;
   plan.launches.push_back(
       launch("bn_relu_sums_" + name_of(dtype), pointwise_grid(p), kThreads, 0, p, offsetof(PointwiseParams, partial)));
-  const AddSumsParams reduce{nullptr, vectors, sum_g, sum_g_xhat, coefficients, static_cast<float>(M), p.C, p.parts};
+  const float count = static_cast<float>(std::max<int64_t>(M, 1));
+  const AddSumsParams reduce{nullptr, vectors, sum_g, sum_g_xhat, coefficients, count, p.C, p.parts};
   plan.launches.push_back(reduce_launch("add_sums", C, reduce));
   return plan;
 }

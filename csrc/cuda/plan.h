@@ -36,7 +36,8 @@ struct Affine {
   const float* shift = nullptr;
 };
 
-// g = dy where the ReLU passed, else 0, with affine and y null dy; dz = a * g [+ b * z + c]. With z null, dz = dy.
+// g = dy where the ReLU passed, else 0; with neither affine nor y, g = dy. dz = a * g [+ b * z + c]; with z null, dz =
+// dy.
 struct Gradient {
   const void* dy = nullptr;
   const void* z = nullptr;
@@ -47,7 +48,7 @@ struct Gradient {
   const float* c = nullptr;
 };
 
-// Of C channels; gamma, beta null: 1 and 0; mean, var null: the statistics of the batch.
+// Of C channels; gamma, beta null: 1 and 0. mean and var are not read where the statistics of the batch are taken.
 struct BatchNorm {
   int64_t C;
   const float* gamma;

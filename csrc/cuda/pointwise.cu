@@ -353,12 +353,6 @@ __device__ __forceinline__ void add_dweight(const AddDweightParams& p) {
   }
 }
 
-}  // namespace
-}  // namespace resnext_kernels::cuda
-
-namespace resnext_kernels::cuda {
-namespace {
-
 __device__ __forceinline__ int reduced_channel() { return blockIdx.x * kReduceColumns + threadIdx.x % kReduceColumns; }
 
 // mean, unbias * var and rstd in three rows of C, scale and shift in two; the first may be null.
@@ -393,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) finish_moments(const __gri
     return CountedMoments{from[0], {from[p.C], from[2 * p.C], from[3 * p.C]}};
   });
   if (threadIdx.x >= kReduceColumns || c >= p.C) return;
-  store_vectors(p.gamma, p.beta, all.moments.origin + all.moments.mean, all.moments.m2 / all.n, p.eps,
+  store_vectors(p.gamma, p.beta, all.moments.origin + all.moments.mean, all.moments.m2 / fmaxf(all.n, 1.f), p.eps,
                 all.n / fmaxf(all.n - 1.f, 1.f), p.vectors, p.vectors + int64_t{3} * p.C, p.C, c);
 }
 

@@ -291,6 +291,7 @@ struct GradientInputs {
   vector<double> dy, z, y;  // empty: absent
   const Vectors* bn;
   vector<double> a, b, c;
+  bool relu = true;
 };
 Terms gradient(const GradientInputs& in) {
   Terms dz(in.dy.size());
@@ -300,7 +301,7 @@ Terms gradient(const GradientInputs& in) {
     if (in.z.empty()) continue;
     const size_t channel = i % in.bn->scale.size();
     const double pre = in.y.empty() ? in.bn->scale[channel] * in.z[i] + in.bn->shift[channel] : in.y[i];
-    const double g = pre <= 0 ? 0 : in.dy[i];
+    const double g = in.relu && pre <= 0 ? 0 : in.dy[i];
     dz.value[i] = g;
     if (!in.a.empty()) {
       dz.value[i] = in.a[channel] * g + in.b[channel] * in.z[i] + in.c[channel];
@@ -479,7 +480,7 @@ ExpectedStats statistics(const vector<double>& z, size_t channels, double unit =
 
 // ---- tests
 
-const char* const kMasks[] = {"none", "recomputed", "from-y"};
+const char* const kMasks[] = {"no bn", "recomputed", "from-y", "no relu"};
 
 Affine affine(Tensor* scale, Tensor* shift) {
   return scale != nullptr ? Affine{scale->floats(), shift->floats()} : Affine{};
@@ -561,7 +562,7 @@ void test_convolution(const ConvProblem& p, bool poison = false) {
           }
         }
 
-    for (int mask = 0; mask < 3; ++mask) {
+    for (int mask = 0; mask < 4; ++mask) {
       GradientInputs inputs{dy, {}, {}, &bn, {}, {}, {}};
       if (mask != 0) {
         inputs.z = z;
@@ -570,6 +571,7 @@ void test_convolution(const ConvProblem& p, bool poison = false) {
         inputs.c = c;
       }
       if (mask == 2) inputs.y = y;
+      inputs.relu = mask != 3;
       const Terms dz = gradient(inputs);
       const Expected expected_dx = data_gradient(p, dz, weight);
       const Expected dweight_oihw = weight_gradient(p, dz, activated);
@@ -582,6 +584,7 @@ void test_convolution(const ConvProblem& p, bool poison = false) {
         bn_gradient = {dy_tensor.data(),  z_tensor.data(),   affine(&scale, &shift), nullptr,
                        a_tensor.floats(), b_tensor.floats(), c_tensor.floats()};
       if (mask == 2) bn_gradient.y = y_tensor.data();
+      if (mask == 3) bn_gradient.affine = {};
 
       for (const int needed : {1, 2, 3})
         for (auto table = cpu::supported_kernels(); *table != nullptr; ++table)
@@ -656,10 +659,11 @@ void test_matrix(DType dtype, int64_t M, int64_t C, double offset) {
         check_intact(name, {&z_tensor, &scale, &shift, &residual_tensor, &residual_scale, &residual_shift, &out});
       }
 
-      for (const int mask : {1, 2}) {
+      for (const int mask : {1, 2, 3}) {
         GradientInputs inputs{dy, z, {}, &bn, {}, {}, {}};
         if (mask == 2) inputs.y = y;
-        ReluBNGradient bn_gradient{dy_tensor.data(), z_tensor.data(), affine(&scale, &shift),
+        inputs.relu = mask != 3;
+        ReluBNGradient bn_gradient{dy_tensor.data(), z_tensor.data(), mask == 3 ? Affine{} : affine(&scale, &shift),
                                    mask == 2 ? y_tensor.data() : nullptr};
 
         name = problem + " bn_relu_backward" + where + " mask " + kMasks[mask];
@@ -957,6 +961,13 @@ void test_vectors(int64_t C) {
       check(name + " shift", shift, expected_shift);
       (*table)->bn_vectors(C, bn, unbias, vectors.floats());
       check(name, vectors, expected);
+      vectors.poison();
+      std::copy_n(bn.mean, C, vectors.floats());
+      std::copy_n(bn.var, C, vectors.floats() + C);
+      BatchNorm in_place = bn;
+      in_place.mean = vectors.floats(), in_place.var = vectors.floats() + C;
+      (*table)->bn_vectors(C, in_place, unbias, vectors.floats());
+      check(name + " in place", vectors, expected);
       (*table)->bn_gradient_vectors(C, sum_g_tensor.floats(), sum_g_xhat_tensor.floats(), vectors.floats(), count,
                                     b.floats(), c.floats());
       check(name + " b", b, expected_b);

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from ..problem import ConvProblem
 from . import reference
-from .reference import Affine, BatchNorm, BNGradient, TrainingBatchNorm, dense_batch_norm
+from .reference import (
+    Affine,
+    BatchNorm,
+    BNGradient,
+    TrainingBatchNorm,
+    dense_batch_norm,
+    dense_training_batch_norm,
+)
 
 try:
     from .. import _C
@@ -386,10 +393,8 @@ def batch_stats(z: Tensor, bn: TrainingBatchNorm) -> Tensor:
 
 def _finished(vectors: Tensor, bn: TrainingBatchNorm, z: Tensor) -> Tensor:
     """`vectors`, of which mean and biased variance of z stand in the first two rows."""
-    gamma, beta, eps = bn
+    gamma, beta, eps = dense_training_batch_norm(bn)
     m, c = _m_and_c(z)
-    gamma = None if gamma is None else gamma.contiguous()
-    beta = None if beta is None else beta.contiguous()
     at = vectors.data_ptr()
     _C.bn_vectors(c, _ptr(gamma), _ptr(beta), at, at + 4 * c, eps, m / max(m - 1, 1), at)
     return vectors

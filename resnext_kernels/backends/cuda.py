@@ -15,7 +15,14 @@ from torch import Tensor
 
 from ..problem import ConvProblem, weight_format
 from . import reference
-from .reference import Affine, BatchNorm, BNGradient, TrainingBatchNorm, dense_batch_norm
+from .reference import (
+    Affine,
+    BatchNorm,
+    BNGradient,
+    TrainingBatchNorm,
+    dense_batch_norm,
+    dense_training_batch_norm,
+)
 from .reference import aligned as _aligned
 
 try:
@@ -224,7 +231,9 @@ def conv_stats(
     x, prologue = _aligned(x), _aligned_pair(prologue)
     weight, channels_last = _dense(weight)
     z = _out(x, k, stride)
-    bn, vectors = (None, None) if bn is None else (_dense_affine(bn), _vectors(5, k, z))
+    vectors = None
+    if bn is not None:
+        bn, vectors = dense_training_batch_norm(bn), _vectors(5, k, z)
     plan = _C.cuda_plan_conv_stats(
         _problem(tuple(x.shape), k, groups, stride, dilation, x.dtype),
         _device(x.device),
@@ -243,7 +252,7 @@ def conv_stats(
 def batch_stats(z: Tensor, bn: TrainingBatchNorm) -> Tensor:
     """The vectors of the mean and variance of every channel over N, H and W."""
     z, c = _aligned(z), z.shape[1]
-    bn, vectors = _dense_affine(bn), _vectors(5, c, z)
+    bn, vectors = dense_training_batch_norm(bn), _vectors(5, c, z)
     _run(_C.cuda_plan_batch_stats(*_matrix(z), _ptr(z), _training_ptrs(bn, c), _ptr(vectors)), z)
     return vectors
 
@@ -374,12 +383,6 @@ def conv_backward(
 def _bn_ptrs(bn: BatchNorm) -> _BNPtrs:
     gamma, beta, mean, var, eps = bn
     return mean.shape[0], _ptr(gamma), _ptr(beta), _ptr(mean), _ptr(var), eps
-
-
-def _dense_affine(bn: TrainingBatchNorm) -> TrainingBatchNorm:
-    gamma, beta, eps = bn
-    gamma = None if gamma is None else gamma.contiguous()
-    return gamma, None if beta is None else beta.contiguous(), eps
 
 
 def _training_ptrs(bn: TrainingBatchNorm | None, channels: int) -> _BNPtrs:

@@ -117,13 +117,16 @@ def conv_affine_relu(
 def dense_batch_norm(bn: BatchNorm) -> BatchNorm:
     """With its vectors as kernels read them: without gaps."""
     gamma, beta, mean, var, eps = bn
-    return (
-        None if gamma is None else gamma.contiguous(),
-        None if beta is None else beta.contiguous(),
-        mean.contiguous(),
-        var.contiguous(),
-        eps,
-    )
+    return _dense(gamma), _dense(beta), mean.contiguous(), var.contiguous(), eps
+
+
+def dense_training_batch_norm(bn: TrainingBatchNorm) -> TrainingBatchNorm:
+    gamma, beta, eps = bn
+    return _dense(gamma), _dense(beta), eps
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def with_batch_norms(
@@ -287,11 +290,10 @@ def _relu_gradient(dy: Tensor, z: Tensor, vectors: Tensor, y: Tensor | None, rel
 def bn_relu_backward(
     dy: Tensor, z: Tensor, vectors: Tensor, *, y: Tensor | None = None, relu: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(g) and sum(g * (z - mean) * rstd) over N, H and W: the gradients of beta and gamma.
+    """sum(g), sum(g * (z - mean) * rstd) over N, H and W, and their `bn_gradient_vectors`.
 
-    And what `bn_gradient_vectors` makes of them: what the gradient of z takes in training.
-    g is dy where relu passed: where not scale*z + shift <= 0, or not y <= 0 if y is given; with
-    relu=False it is dy.
+    The sums are the gradients of beta and gamma. g is dy where relu passed: where not
+    scale*z + shift <= 0, or not y <= 0 if y is given; with relu=False it is dy.
     """
     g = _relu_gradient(dy, z, vectors, y, relu)
     xhat = (z.to(vectors.dtype) - _per_channel(vectors[0])) * _per_channel(vectors[2])

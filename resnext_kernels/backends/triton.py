@@ -70,7 +70,14 @@ from torch import Tensor
 
 from ..problem import ConvProblem, in_format_of
 from . import reference, tuning
-from .reference import Affine, BatchNorm, BNGradient, TrainingBatchNorm, dense_batch_norm
+from .reference import (
+    Affine,
+    BatchNorm,
+    BNGradient,
+    TrainingBatchNorm,
+    dense_batch_norm,
+    dense_training_batch_norm,
+)
 
 try:
     import triton
@@ -377,16 +384,19 @@ def _load_source(
 ):  # fmt: skip
     """What the convolution reads, 0 where not mask: x, relu(scale*x + shift), or dz.
 
-    dz = a*g [+ b*z + c] is read where z_ptr is given, x_ptr is then dy.
+    dz = a*g [+ b*z + c] is read where z_ptr is given, x_ptr is then dy; the mask is that of y or of
+    scale*z + shift, whichever is given.
     """
     x = tl.load(x_ptr + offset, mask=mask, other=0.0)
     if z_ptr is not None:
         z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        dz = x.to(tl.float32)
         if y_ptr is not None:
-            before = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        else:
-            before = z * _vector(scale_ptr, channel, ok) + _vector(shift_ptr, channel, ok)
-        dz = _relu_gradient(x.to(tl.float32), before) * _vector(a_ptr, channel, ok)
+            dz = _relu_gradient(dz, tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32))
+        elif scale_ptr is not None:
+            scale, shift = _vector(scale_ptr, channel, ok), _vector(shift_ptr, channel, ok)
+            dz = _relu_gradient(dz, z * scale + shift)
+        dz *= _vector(a_ptr, channel, ok)
         if b_ptr is not None:
             dz += z * _vector(b_ptr, channel, ok) + _vector(c_ptr, channel, ok)
         x = tl.where(mask, dz, 0.0).to(x.dtype)
@@ -1078,7 +1088,7 @@ def _conv_backward_kernel(
         weights += (tl.dot(_turn(weight), _turn(one)).to(DTYPE),)
     if z_ptr is not None:
         a = tl.load(a_ptr + k, mask=k_ok, other=0.0)
-        if y_ptr is None:
+        if y_ptr is None and scale_ptr is not None:
             scale = tl.load(scale_ptr + k, mask=k_ok, other=0.0)
             shift = tl.load(shift_ptr + k, mask=k_ok, other=0.0)
         if b_ptr is not None:
@@ -1133,9 +1143,10 @@ def _conv_backward_kernel(
                 z = _turned(z_ptr, offset, mask, one, TILES, CHUNKS, True)
                 if y_ptr is not None:
                     before = _turned(y_ptr, offset, mask, one, TILES, CHUNKS, True)
-                else:
-                    before = z * scale + shift
-                dz = _relu_gradient(dz, before) * a
+                    dz = _relu_gradient(dz, before)
+                elif scale_ptr is not None:
+                    dz = _relu_gradient(dz, z * scale + shift)
+                dz *= a
                 if b_ptr is not None:
                     dz += z * b + c
             dz = dz.to(DTYPE)  # (BLOCKS, DOUT, P)
@@ -1419,8 +1430,9 @@ def _bn_relu_backward_kernel(
 ):  # fmt: skip
     """Partial sums of g and g*xhat over `blocks` blocks. Programs: (C / BLOCK_C, splits)."""
     row, channel, ok = _rows_and_channels(C, BLOCK_M, BLOCK_C)
-    scale, shift = _vector(scale_ptr, channel, ok), _vector(shift_ptr, channel, ok)
     mean, rstd = _vector(mean_ptr, channel, ok), _vector(rstd_ptr, channel, ok)
+    if scale_ptr is not None:
+        scale, shift = _vector(scale_ptr, channel, ok), _vector(shift_ptr, channel, ok)
     sum_g = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_g_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     begin = tl.program_id(1) * blocks
@@ -1431,10 +1443,9 @@ def _bn_relu_backward_kernel(
         z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         if y_ptr is not None:
-            before = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        else:
-            before = z * scale + shift
-        g = _relu_gradient(g, before)
+            g = _relu_gradient(g, tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32))
+        elif scale_ptr is not None:
+            g = _relu_gradient(g, z * scale + shift)
         sum_g += g
         sum_g_xhat += tl.where(mask, g * ((z - mean) * rstd), 0.0)
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + channel
@@ -1444,12 +1455,12 @@ def _bn_relu_backward_kernel(
 
 @_jit
 def _add_sums_kernel(
-    partial_ptr, vectors_ptr, sum_g_ptr, sum_g_xhat_ptr, coefficients_ptr, of_mean, splits, C,
+    partial_ptr, vectors_ptr, sum_g_ptr, sum_g_xhat_ptr, coefficients_ptr, count, splits, C,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """partial (splits, 2, C) -> sum_g, sum_g_xhat, and b and c of dz = scale*g + b*z + c.
 
-    of_mean = -1 / M. Programs: (C / BLOCK_C,).
+    Programs: (C / BLOCK_C,).
     """
     row, channel, ok = _rows_and_channels(C, BLOCK_S, BLOCK_C)
     sum_g = tl.zeros((BLOCK_C,), tl.float32)
@@ -1460,9 +1471,9 @@ def _add_sums_kernel(
         partial = partial_ptr + s.to(tl.int64)[:, None] * 2 * C + channel[None, :]
         sum_g += tl.sum(tl.load(partial, mask=mask, other=0.0), 0)
         sum_g_xhat += tl.sum(tl.load(partial + C, mask=mask, other=0.0), 0)
-    scale = of_mean * _load(vectors_ptr + 3 * C, channel, ok)
-    b = scale * _load(vectors_ptr + 2 * C, channel, ok) * sum_g_xhat
-    c = scale * sum_g - b * _load(vectors_ptr, channel, ok)
+    of_mean = -_load(vectors_ptr + 3 * C, channel, ok) / count
+    b = of_mean * _load(vectors_ptr + 2 * C, channel, ok) * sum_g_xhat
+    c = of_mean * sum_g - b * _load(vectors_ptr, channel, ok)
     tl.store(sum_g_ptr + channel, sum_g, mask=ok)
     tl.store(sum_g_xhat_ptr + channel, sum_g_xhat, mask=ok)
     tl.store(coefficients_ptr + channel, b, mask=ok)
@@ -1758,10 +1769,9 @@ def _of_parts(kernel: Any, partial: Tensor, *args: Any) -> None:
 
 def _merged(partial: Tensor, bn: TrainingBatchNorm, z: Tensor) -> Tensor:
     """The vectors of z from its partial statistics."""
-    gamma, beta, eps = bn
+    gamma, beta, eps = dense_training_batch_norm(bn)
     vectors = _vectors(z, 5)
-    affine = (t if t is None else t.contiguous() for t in (gamma, beta))
-    _of_parts(_merge_statistics_kernel, partial, *affine, vectors, float(eps))
+    _of_parts(_merge_statistics_kernel, partial, gamma, beta, vectors, float(eps))
     return vectors
 
 
@@ -1878,10 +1888,9 @@ def normalize_relu(
     return y
 
 
-def _mask(vectors: Tensor, relu: bool) -> Affine:
-    """scale and shift: scale*z + shift <= 0 where the ReLU stops, nowhere without a ReLU."""
-    scale, shift = vectors[3], vectors[4]
-    return scale, shift if relu else torch.full_like(shift, float("inf"))
+def _mask(vectors: Tensor, relu: bool) -> Affine | tuple[None, None]:
+    """scale and shift; without a ReLU neither."""
+    return (vectors[3], vectors[4]) if relu else (None, None)
 
 
 def _gradient(
@@ -1915,7 +1924,7 @@ def bn_relu_backward(
     sum_g, sum_g_xhat = torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
     coefficients = _vectors(z, 2)
     sums = (sum_g, sum_g_xhat, coefficients)
-    _of_parts(_add_sums_kernel, partial, vectors, *sums, -1.0 / max(m, 1))
+    _of_parts(_add_sums_kernel, partial, vectors, *sums, float(max(m, 1)))
     return sums
 
 
