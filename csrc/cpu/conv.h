@@ -17,6 +17,7 @@
 
 #include <type_traits>
 
+#include "narrow.h"
 #include "plan.h"
 #include "pointwise.h"
 #include "tiles.h"
@@ -399,17 +400,21 @@ struct BlockStatistics {
   Vec origin, mean, m2;
   float count;
 
-  RK_INLINE void add(const float* values, int64_t stride, int64_t n, bool first) {
-    const Vec inverse = broadcast(1.0f / (float)n);
-    // over the values, in two sums for the latency of an addition
+  // Of the values of a tile, `rows` rows of n: [row][kTileColumns][lane].
+  RK_INLINE void add(const float* values, int64_t rows, int64_t n, bool first) {
+    const Vec inverse = broadcast(1.0f / (float)(rows * n));
+    // over the values, in four sums for the latency of an addition
     const auto sum_of = [&](auto term) RK_INLINE_LAMBDA {
-      Vec even{}, odd{};
-      for (int64_t i = 0; i + 1 < n; i += 2) {
-        even += term(load(values + i * stride));
-        odd += term(load(values + (i + 1) * stride));
+      Vec sums[4] = {};
+      const float* row = values;
+      for (int64_t r = 0; r < rows; ++r, row += kTileColumns * kLanes) {
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4)
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) sums[k] += term(load(row + (i + k) * kLanes));
+        for (; i < n; ++i) sums[0] += term(load(row + i * kLanes));
       }
-      if (n % 2) even += term(load(values + (n - 1) * stride));
-      return even + odd;
+      return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     };
     if (first) {
       origin = sum_of([](Vec v) RK_INLINE_LAMBDA { return v; }) * inverse;
@@ -421,7 +426,7 @@ struct BlockStatistics {
       const Vec d = (v - origin) - tile_mean;
       return d * d;
     });
-    merge(tile_mean, tile_m2, (float)n);
+    merge(tile_mean, tile_m2, (float)(rows * n));
   }
   // The same of values in registers.
   template <int R>
@@ -466,12 +471,12 @@ struct BlockStatistics {
 
 constexpr int64_t kStatisticsFloats = sizeof(BlockStatistics) / sizeof(float);
 
-// Into the memory for a tile's values, where rows are as long as Winograd's tiles can be.
+// Into the memory for a tile's values, where rows are as long as tiles can be.
 RK_INLINE void put_in_values(TileOut& tile, float* values, int64_t count) {
   tile.out = values;
   tile.stride = kLanes;
   tile.count = count;
-  tile.row_stride = 2 * kPairs * kLanes;
+  tile.row_stride = kTileColumns * kLanes;
 }
 
 // Where a thread's tiles of one item go: to memory, and into the statistics [split][K] if there are any.
@@ -499,7 +504,8 @@ struct ForwardSink {
         prefetch_pixels(to + r * row_stride, p.K, count, block);
     put_in_values(tile, values, count);
     if constexpr (std::is_same<T, float>::value) {
-      if (block.lanes == kLanes && !(means && past_cache)) {  // statistics read the values again
+      if (block.lanes == kLanes) {
+        if (means) tile.copy = values;
         tile.out = to;
         tile.stride = p.K;
         tile.row_stride = row_stride;
@@ -515,10 +521,10 @@ struct ForwardSink {
   RK_INLINE void finish(int64_t b, const Block& block, int64_t first_row, int64_t rows, int64_t column, int64_t,
                         const TileOut& tile) const {
     const int64_t channel = first_channel + block.out;
-    for (int64_t row = first_row; row < first_row + rows; ++row) {
-      const int64_t offset = at(block, row, column);
-      const float* const values = tile.out + (row - first_row) * tile.row_stride;
-      if ((void*)values != (void*)(out + offset)) {
+    if (tile.out != (const float*)(out + at(block, first_row, column))) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* const values = tile.out + r * tile.row_stride;
+        const int64_t offset = at(block, first_row + r, column);
         const T* const add = epilogue.residual ? (const T*)epilogue.residual + offset : nullptr;
         if (block.lanes == kLanes)
           write_pixels(epilogue, out + offset, add, channel, p.K, tile.count, values, AllLanes{}, past_cache);
@@ -526,16 +532,18 @@ struct ForwardSink {
           write_pixels(epilogue, out + offset, add, channel, p.K, tile.count, values, FirstLanes{block.lanes},
                        past_cache);
       }
-      if (!means) continue;
-      statistics[b].add(values, tile.stride, tile.count, row == window.row && column == window.column);
-      if (row == window.row + window.rows - 1 && column + tile.count == window.column + window.columns)
-        statistics[b].merge_into(pixels, block.lanes, means + block.out, m2s + block.out);
     }
+    if (!means) return;
+    statistics[b].add(tile.copy ? tile.copy : tile.out, rows, tile.count,
+                      first_row == window.row && column == window.column);
+    if (first_row + rows == window.row + window.rows && column + tile.count == window.column + window.columns)
+      statistics[b].merge_into(pixels, block.lanes, means + block.out, m2s + block.out);
   }
 };
 
-// How the sum is formed: as written; by Winograd's pairs of columns; from pairs of bfloat16 channels, as written.
-enum class Form { direct, winograd, channel_pairs };
+// How the sum is formed: as written; by Winograd's pairs of columns, from memory or, for narrow groups, in registers;
+// from pairs of bfloat16 channels, as written.
+enum class Form { direct, winograd, narrow, channel_pairs, narrow_pairs };
 
 // A problem whose input channels come in pairs, 32 bits each.
 inline ConvProblem in_channel_pairs(ConvProblem p) {
@@ -548,9 +556,11 @@ inline ConvProblem in_channel_pairs(ConvProblem p) {
 template <class T, Form form>
 bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affine prologue, const Epilogue& epilogue,
                   void* out, float* mean, float* var, int num_threads) {
-  constexpr bool winograd = form == Form::winograd, channel_pairs = form == Form::channel_pairs;
+  constexpr bool winograd = form == Form::winograd, narrow = form == Form::narrow;
+  constexpr bool narrow_pairs = form == Form::narrow_pairs;
+  constexpr bool channel_pairs = narrow_pairs || form == Form::channel_pairs;
   const ConvProblem source = channel_pairs ? in_channel_pairs(p) : p;  // as x is read
-  const Plan plan(source, num_threads, winograd ? 0 : 1, true);
+  const Plan plan(source, num_threads, winograd || narrow || narrow_pairs ? 0 : 1, true);
   const Blocks all_blocks(source.din(), p.dout()), chunk_blocks(source.din(), plan.chunk_outputs);
   const Slots slots(p.din(), p.dout(), plan.chunk_groups);
 
@@ -558,8 +568,12 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   const Window largest = input_window({0, 0, plan.rows, 0, plan.columns}, p);
   const Pairs<4> shape = winograd ? pairs_for(plan, slots.count, kStepFloats) : Pairs<4>{};
   // at least the taps of a block, which packing turns into another form
-  const int64_t stage_floats = max(winograd ? shape.floats() : Staged::floats(largest, pixel), 9 * p.din() * kLanes);
-  const int64_t weight_floats = chunk_blocks.count(plan.chunk_groups) * chunk_blocks.din * (winograd ? 12 : 9) * kLanes;
+  const int64_t input_floats = narrow || narrow_pairs ? kNarrowCopy
+                               : winograd             ? shape.floats()
+                                                      : Staged::floats(largest, pixel);
+  const int64_t stage_floats = max(input_floats, 9 * p.din() * kLanes);
+  const int64_t taps = winograd || narrow ? 12 : 9;
+  const int64_t weight_floats = chunk_blocks.count(plan.chunk_groups) * chunk_blocks.din * taps * kLanes;
   const int64_t statistics_floats = mean ? chunk_blocks.count(plan.chunk_groups) * kStatisticsFloats : 0;
   const Scratch scratch(num_threads, mean ? 2 * plan.splits * (2 * p.K + 1) : 0,
                         chunk_blocks.index_floats() + statistics_floats + weight_floats + stage_floats);
@@ -589,7 +603,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
         }
         sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), all_blocks, p.groups);
         bool item_finite = true;
-        if (new_chunk && winograd)
+        if (new_chunk && (winograd || narrow))
           item_finite = pack_winograd_weight(p, blocks, false, group, groups, weights, staged, packed);
         else if (new_chunk && channel_pairs)
           pack_channel_pairs(p, blocks, group, groups, weights, staged, packed);
@@ -598,7 +612,48 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
 
         for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
           const Window window = sink.window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
-          if constexpr (winograd) {
+          if constexpr (narrow) {
+            const float* const in_place = std::is_same<T, float>::value && !prologue.scale ? (const float*)x : nullptr;
+            Vec zeros{};
+            with_activation((const T*)x, prologue, [&](auto value) {
+              for_narrow_tiles(window, next, [&](const Window& tile, const Window& then) {
+                Ahead ahead;
+                ahead.add((const T*)x, p.N, p.H, p.W, p.C, new_columns(then), channel, groups * p.din());
+                const int64_t lines = ceil_div(ahead.lines, blocks.count(groups) * fetches(tile, 2 * kNarrowPairs));
+                for (int64_t b = 0; b < blocks.count(groups); ++b) {
+                  const Block block = blocks.block(b, groups);
+                  const auto input_of = [&](const Window& part) RK_INLINE_LAMBDA {
+                    return input_around(in_place, part, p.H, p.W, p.C, channel + block.in, block.lanes, staged, value);
+                  };
+                  run_narrow(tile, p.H, b, block, packed, input_of, zeros, ahead, lines, sink);
+                }
+              });
+            });
+            item_finite = !any_nan(zeros);
+          } else if constexpr (narrow_pairs) {
+            const float* const pairs = (const float*)x;  // a pair is moved as a float
+            for_narrow_tiles(window, next, [&](const Window& tile, const Window& then) {
+              Ahead ahead;
+              ahead.add(pairs, p.N, p.H, p.W, source.C, new_columns(then), channel, groups * source.din());
+              const int64_t lines = ceil_div(ahead.lines, blocks.count(groups) * fetches(tile, kNarrowColumns));
+              for (int64_t b = 0; b < blocks.count(groups); ++b) {
+                const Block block = blocks.block(b, groups);
+                const auto value = [&](int64_t, auto) RK_INLINE_LAMBDA {
+                  return [=](int64_t at) RK_INLINE_LAMBDA { return load_partial(pairs + at, block.lanes / 2); };
+                };
+                const NarrowInput input = input_around(block.lanes == kLanes ? pairs : nullptr, tile, p.H, p.W,
+                                                       source.C, channel + block.in, kLanes, staged, value);
+                const float* const block_weight = packed + b * 9 * blocks.din * kLanes;
+                for_register_tiles(tile, kNarrowColumns, p.H, b, block, sink,
+                                   [&](const Window& part, Edges edges, const TileOut& to) RK_INLINE_LAMBDA {
+                                     const auto run = part.columns > kNarrowColumns / 2
+                                                          ? narrow_pair_tile<kNarrowColumns>
+                                                          : narrow_pair_tile<kNarrowColumns / 2>;
+                                     run(input, part.rows, edges, block_weight, index, to, ahead, lines);
+                                   });
+              }
+            });
+          } else if constexpr (winograd) {
             const Slots item_slots(p.din(), p.dout(), groups);
             const WinogradPass pass{p, blocks, item_slots, groups, packed, index};
             const Pairs<4> v = shape.of(staged, item_slots.count, window);
@@ -640,14 +695,14 @@ void conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
                   void* out, float* mean, float* var, int num_threads, bool channel_pairs) {
   if constexpr (kPairProducts && std::is_same<T, bf16>::value) {
     if (channel_pairs && !prologue.scale && p.din() % 2 == 0) {
-      conv_forward<T, Form::channel_pairs>(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
+      const auto run = narrow_serves(p) ? conv_forward<T, Form::narrow_pairs> : conv_forward<T, Form::channel_pairs>;
+      run(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
       return;
     }
   }
   if constexpr (kWinograd) {
-    if (winograd_serves(p) &&
-        conv_forward<T, Form::winograd>(p, x, weight, prologue, epilogue, out, mean, var, num_threads))
-      return;
+    const auto run = narrow_serves(p) ? conv_forward<T, Form::narrow> : conv_forward<T, Form::winograd>;
+    if (winograd_serves(p) && run(p, x, weight, prologue, epilogue, out, mean, var, num_threads)) return;
   }
   conv_forward<T, Form::direct>(p, x, weight, prologue, epilogue, out, mean, var, num_threads);
 }
@@ -836,11 +891,12 @@ struct InputGradientSink {
   }
 };
 
-// False, with the results undefined, if `winograd` and an operand is not finite.
-template <class T, bool winograd>
+// False, with the results undefined, if it is one of Winograd's forms and an operand is not finite.
+template <class T, Form form>
 bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const void* x, Affine prologue,
                    const void* weight, void* dx, void* dweight, int num_threads) {
-  const Plan plan(p, num_threads, winograd ? 0 : dweight ? 2 : 1);
+  constexpr bool winograd = form == Form::winograd, narrow = form == Form::narrow;
+  const Plan plan(p, num_threads, winograd || narrow ? 0 : dweight ? 2 : 1);
   const Blocks forward(p.din(), p.dout()), backward(p.dout(), p.din());
   const Slots x_slots(p.din(), p.dout(), plan.chunk_groups), z_slots(p.dout(), p.din(), plan.chunk_groups);
 
@@ -858,11 +914,13 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
     raw_shape = {nullptr, z_shape.rows, z_shape.slots, z_shape.pairs};
   }
   const int64_t x_floats = !dweight   ? 0
+                           : narrow   ? kNarrowCopy
                            : winograd ? x_shape.floats() + raw_shape.floats()
                                       : Staged::floats(input_window(largest, p), x_pixel);
-  const int64_t z_floats = winograd ? max(z_shape.floats(), 9 * p.dout() * kLanes)
-                                    : Staged::floats(gradient_window(largest_own, p), z_pixel);
-  const int64_t taps = winograd ? 12 : 9;
+  const int64_t z_floats = narrow     ? max(kNarrowCopy, 9 * p.dout() * kLanes)
+                           : winograd ? max(z_shape.floats(), 9 * p.dout() * kLanes)
+                                      : Staged::floats(gradient_window(largest_own, p), z_pixel);
+  const int64_t taps = winograd || narrow ? 12 : 9;
   const int64_t weight_floats = dx ? backward.count(plan.chunk_groups) * p.dout() * taps * kLanes : 0;
   const int64_t dweight_floats = forward.count(plan.chunk_groups) * p.din() * taps * kLanes;  // of a chunk
   const int64_t split_floats = plan.chunks * dweight_floats;
@@ -881,7 +939,7 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
         fill_index(forward, winograd, forward_index);
         fill_index(backward, winograd, backward_index);
         bool item_finite = true;
-        if (new_chunk && dx && winograd)
+        if (new_chunk && dx && (winograd || narrow))
           item_finite = pack_winograd_weight(p, backward, true, group, groups, (const T*)weight, z_staged, packed);
         else if (new_chunk && dx)
           pack_weight(p, backward, true, group, groups, (const T*)weight, packed);
@@ -904,6 +962,34 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
         for (int64_t unit = first_unit; unit < last_unit && item_finite; ++unit) {
           const Window window = unit_window(plan, p, unit), next = unit_window(plan, p, unit + 1);
           const Window own = sink.window = own_window(window, p);
+          if constexpr (narrow) {
+            const float* const in_place = std::is_same<T, float>::value && !prologue.scale ? (const float*)x : nullptr;
+            Vec zeros{};
+            with_gradient<T>(gradient, [&](auto gradient_at) {
+              with_activation((const T*)x, prologue, [&](auto value) {
+                for_narrow_tiles(window, next, [&](const Window& tile, const Window& then) {
+                  Ahead ahead = ahead_of(new_columns(then), new_columns(then));
+                  const int64_t steps = (dx ? fetches(tile, 2 * kNarrowPairs) : 0) + (dweight ? tile.rows : 0);
+                  const int64_t lines = ceil_div(ahead.lines, backward.count(groups) * steps);
+                  for (int64_t b = 0; b < backward.count(groups); ++b) {
+                    const Block block = backward.block(b, groups);
+                    const int64_t z = z_channel + block.in, c = x_channel + block.out;
+                    const NarrowInput e =
+                        input_around(nullptr, tile, p.H, p.W, p.K, z, block.lanes, z_staged, gradient_at);
+                    const auto part_of_e = [&](const Window& part) RK_INLINE_LAMBDA {
+                      return NarrowInput{e.data + (part.column - tile.column) * e.pixel, e.row, e.pixel};
+                    };
+                    if (dx) run_narrow(tile, p.H, b, block, packed, part_of_e, zeros, ahead, lines, sink);
+                    if (!dweight) continue;
+                    const NarrowInput a = input_around(in_place, tile, p.H, p.W, p.C, c, block.lanes, x_staged, value);
+                    narrow_weight_tile(tile, a, e, chunk_dweight + b * 3 * kNarrow * kPairFloats, ahead, lines);
+                  }
+                });
+              });
+            });
+            item_finite = !any_nan(zeros);
+            continue;
+          }
           if constexpr (winograd) {
             const Slots x_item(p.din(), p.dout(), groups), z_item(p.dout(), p.din(), groups);
             const Pairs<4> e = z_shape.of(z_staged, z_item.count, window);
@@ -944,6 +1030,11 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
           stage_activation(input, p, x_channel, groups * p.din(), (const T*)x, prologue);
           add_weight_gradient(p, forward, groups, window, input, dz, forward_index, chunk_dweight);
         }
+        if (narrow && dweight) {
+          Vec zeros{};
+          for (int64_t i = 0; i < dweight_floats; i += kLanes) zeros += load(chunk_dweight + i) * Vec{};
+          item_finite &= !any_nan(zeros);
+        }
         if (!item_finite) {
 #pragma omp atomic write
           finite = false;
@@ -953,8 +1044,8 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
 
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1 && plan.chunks > 1)
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
-    write_weight_gradient(p, forward, winograd, plan, chunk, scratch.shared + chunk * dweight_floats, split_floats,
-                          (T*)dweight);
+    write_weight_gradient(p, forward, winograd || narrow, plan, chunk, scratch.shared + chunk * dweight_floats,
+                          split_floats, (T*)dweight);
   return true;
 }
 
@@ -962,10 +1053,10 @@ template <class T>
 void conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const void* x, Affine prologue,
                    const void* weight, void* dx, void* dweight, int num_threads) {
   if constexpr (kWinograd) {
-    if (winograd_serves(p) && conv_backward<T, true>(p, gradient, x, prologue, weight, dx, dweight, num_threads))
-      return;
+    const auto run = narrow_serves(p) ? conv_backward<T, Form::narrow> : conv_backward<T, Form::winograd>;
+    if (winograd_serves(p) && run(p, gradient, x, prologue, weight, dx, dweight, num_threads)) return;
   }
-  conv_backward<T, false>(p, gradient, x, prologue, weight, dx, dweight, num_threads);
+  conv_backward<T, Form::direct>(p, gradient, x, prologue, weight, dx, dweight, num_threads);
 }
 
 }  // namespace resnext_kernels::cpu::RK_ISA

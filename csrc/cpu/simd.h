@@ -230,20 +230,17 @@ RK_INLINE Vec spread_quads(Vec v, int i) {
 #endif
 }
 
-// p[0] ... p[kCount - 1], over and over.
-template <int kCount>
-RK_INLINE Vec repeat(const float* p) {
+// p[0] and p[1], over and over.
+RK_INLINE Vec repeat_two(const float* p) {
 #if defined(__AVX512F__)
-  if (kCount == 2) {
-    double both;
-    __builtin_memcpy(&both, p, sizeof both);
-    return (Vec)_mm512_set1_pd(both);
-  }
-  if (kCount == 4) return (Vec)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
-#endif
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return (Vec)_mm512_set1_pd(both);
+#else
   Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i % kCount];
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i % 2];
   return v;
+#endif
 }
 
 // The lower (0) or the upper (1) four of every eight lanes, twice; sixteen lanes only.
@@ -320,7 +317,15 @@ RK_INLINE void transpose(Vec* rows) {
 }
 
 // Written so that NaN passes: relu(NaN) = NaN, and the mask of a NaN is true.
-RK_INLINE Vec relu(Vec v) { return (Vec)((IVec)v & ~(IVec)(v < Vec{})); }
+RK_INLINE Vec relu(Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps(__m512{}, (__m512)v);  // the second of the two if one is NaN
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps(__m256{}, (__m256)v);
+#else
+  return (Vec)((IVec)v & ~(IVec)(v < Vec{}));
+#endif
+}
 RK_INLINE Vec where_positive(Vec pre, Vec v) { return (Vec)((IVec)v & ~(IVec)(pre <= Vec{})); }
 
 }  // namespace resnext_kernels::cpu::RK_ISA

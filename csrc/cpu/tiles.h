@@ -17,11 +17,12 @@
 
 namespace resnext_kernels::cpu::RK_ISA {
 
+constexpr int kTileColumns = 14;                   // of any tile, at most
 constexpr int kTile = kRegisters == 16 ? 10 : 14;  // accumulators; + 3 weights + index + input
 
-// How an input channel reaches the lanes of its group: from memory, from memory for two or four interleaved groups at
-// once, by a permutation within four lanes, by one within eight, by any.
-enum class Access { broadcast, two, four, quads, octets, lanes };
+// How an input channel reaches the lanes of its group: from memory, from memory for two interleaved groups at once, by
+// a permutation within four lanes, by one within eight, by any.
+enum class Access { broadcast, two, quads, octets, lanes };
 
 // Which accumulator the value of column q feeds through the tap kx, as the tile counts columns.
 enum class Map {
@@ -52,6 +53,7 @@ struct TileOut {
   const float* residual = nullptr;
   bool past_cache = false;
   int64_t row_stride = 0;
+  float* copy = nullptr;  // where the values go besides, for who reads them again: [row][kTileColumns][lane]
 };
 
 template <int A, class F>
@@ -71,6 +73,10 @@ template <int A>
 RK_INLINE void emit(const TileOut& to, const Vec (&values)[A], int64_t row = 0) {
   float* const out = to.out + row * to.row_stride;
   const float* const residual = to.residual ? to.residual + row * to.row_stride : nullptr;
+  if (to.copy) {
+#pragma GCC unroll 64
+    for (int i = 0; i < A; ++i) store(to.copy + (row * kTileColumns + i) * kLanes, values[i]);
+  }
   const auto added = [&](int i) RK_INLINE_LAMBDA { return values[i] + load(residual + i * to.stride); };
   if (!to.scale && residual) return emit_each<A>(to, out, added);
   if (!to.scale) return emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA { return values[i]; });

@@ -22,9 +22,9 @@
 //     [slot][row][pair][V0 V1 V2 V3][lane]        slot: one vector of channels, whole groups or part of one
 //
 // so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane], or
-// where a group fills vectors [block][U0 U1 U2 U3][ky][ci][lane], for one product at a time. Two or four groups that
-// share a vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads all values of an input channel over
-// their lanes.
+// where a group fills vectors [block][U0 U1 U2 U3][ky][ci][lane], for one product at a time. Two groups that share a
+// vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads both values of an input channel over their
+// lanes. Groups of four have a form of their own, without V in memory (narrow.h).
 #pragma once
 
 #include <type_traits>
@@ -38,7 +38,7 @@ namespace resnext_kernels::cpu::RK_ISA {
 // Most FMAs read a value of their own, which only AVX-512 does for nothing: with 8 lanes and 16 registers the loads
 // take longer than what is saved.
 constexpr bool kWinograd = kLanes == 16;
-constexpr int kPairs = 7;                    // of a tile: four accumulators each
+constexpr int kPairs = kTileColumns / 2;     // of a tile: four accumulators each
 constexpr int kTall = 8, kTallFrom = 3;      // rows of a tall tile, at most and at least
 constexpr int kPairInputs = 4;               // input channels of a permuting dweight tile: four accumulators each
 constexpr int64_t kPairFloats = 4 * kLanes;  // of V, or U
@@ -49,8 +49,7 @@ constexpr int64_t kStepFloats = 80 * 1024;   // 320 KiB of V at a time
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
 
 inline Access winograd_access(const Blocks& blocks) {
-  const int64_t groups = blocks.groups_per_block;
-  return groups == 2 ? Access::two : groups == 4 ? Access::four : blocks.access();
+  return blocks.groups_per_block == 2 ? Access::two : blocks.access();
 }
 
 // Floats from one product of a packed U to the next, and from one input channel.
@@ -62,7 +61,7 @@ struct WeightSteps {
 };
 
 // How many groups are interleaved; 1: none.
-constexpr int interleaved_groups(Access access) { return access == Access::two ? 2 : access == Access::four ? 4 : 1; }
+constexpr int interleaved_groups(Access access) { return access == Access::two ? 2 : 1; }
 
 // Lanes of such groups of d channels, interleaved from side by side, and back.
 inline IVec interleaved(int64_t groups, int64_t d) {
@@ -237,7 +236,7 @@ template <Access X>
 constexpr int kSpread = interleaved_groups(X);  // floats that one broadcast reads
 template <Access X>
 RK_INLINE Vec spread(const float* p) {
-  return kSpread<X> > 1 ? repeat<kSpread<X>>(p) : broadcast(*p);
+  return X == Access::two ? repeat_two(p) : broadcast(*p);
 }
 
 // Outputs of interleaved groups as they lie in memory.
@@ -483,11 +482,10 @@ constexpr void fill_winograd_tiles(WinogradTiles& tiles) {
 }
 inline const WinogradTiles& winograd_tiles(Access access) {
   struct All {
-    WinogradTiles broadcast{}, two{}, four{}, lanes{};
+    WinogradTiles broadcast{}, two{}, lanes{};
     constexpr All() {
       fill_winograd_tiles<Access::broadcast, kPairs>(broadcast);
       fill_winograd_tiles<Access::two, kPairs>(two);
-      fill_winograd_tiles<Access::four, kPairs>(four);
       fill_winograd_tiles<Access::lanes, kPairs>(lanes);
     }
   };
@@ -495,7 +493,6 @@ inline const WinogradTiles& winograd_tiles(Access access) {
   switch (access) {
     case Access::broadcast: return all.broadcast;
     case Access::two: return all.two;
-    case Access::four: return all.four;
     default: return all.lanes;
   }
 }
@@ -528,7 +525,7 @@ struct WinogradPass {
     const Access access = winograd_access(blocks);
     const WinogradTiles& tiles = winograd_tiles(access);
     const int64_t weight_row = blocks.din * WeightSteps(access, blocks.din).input;
-    alignas(64) float values[kWide][kTall * 2 * kPairs * kLanes];
+    alignas(64) float values[kWide][kTall * kTileColumns * kLanes];
     const int64_t quota = ceil_div(lines, blocks.count(groups) * out.rows);
     for (int64_t b = 0, together; b < blocks.count(groups); b += together) {
       together = blocks_together(blocks, b);
@@ -783,9 +780,8 @@ inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blo
     together = blocks_together(blocks, b);
     const WinogradWeightArgs args{a, e, raw_e, slots.first(blocks, b), b, blocks.din};
     if (together == 1 && access != Access::lanes) {
-      const auto tiles = access == Access::broadcast ? winograd_tall_weight_tiles<Access::broadcast, 8>
-                         : access == Access::two     ? winograd_tall_weight_tiles<Access::two, 8>
-                                                     : winograd_tall_weight_tiles<Access::four, 4>;
+      const auto tiles = access == Access::two ? winograd_tall_weight_tiles<Access::two, 8>
+                                               : winograd_tall_weight_tiles<Access::broadcast, 8>;
       tiles(args, ring_rows, 0, dweight + 3 * b * blocks.din * kPairFloats, ahead, ceil_div(3 * quota, blocks.din));
       continue;
     }
