@@ -966,7 +966,7 @@ void test_vectors(int64_t C) {
       vectors.poison();
       std::copy_n(bn.mean, C, vectors.floats());
       std::copy_n(bn.var, C, vectors.floats() + C);
-      BatchNorm in_place = bn;
+      auto in_place = bn;
       in_place.mean = vectors.floats(), in_place.var = vectors.floats() + C;
       (*table)->bn_vectors(C, in_place, unbias, vectors.floats());
       check(name + " in place", vectors, expected);
