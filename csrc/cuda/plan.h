@@ -36,8 +36,7 @@ struct Affine {
   const float* shift = nullptr;
 };
 
-// g = dy where the ReLU passed, else 0; with neither affine nor y, g = dy. dz = a * g [+ b * z + c]; with z null, dz =
-// dy.
+// g = dy where the ReLU passed, else 0; without affine and y, g = dy. dz = a * g [+ b * z + c]; with z null, dz = dy.
 struct Gradient {
   const void* dy = nullptr;
   const void* z = nullptr;

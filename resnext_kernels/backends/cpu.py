@@ -283,9 +283,7 @@ def conv1x1(
     """z = the dense convolution of x and a weight of (K, C, 1, 1)."""
     if _is_compiled_conv1x1(x, weight):
         return _conv1x1(_strided(x, stride), weight, prologue, None, None)
-    if prologue is not None:
-        x = normalize_relu(x, *prologue)
-    return reference.conv1x1(x, weight, stride=stride)
+    return _by_torch.conv1x1(x, weight, prologue=prologue, stride=stride)
 
 
 def conv1x1_stats(
@@ -298,8 +296,7 @@ def conv1x1_stats(
 ) -> tuple[Tensor, Tensor]:
     """z = conv1x1(x), and the vectors of its statistics."""
     if not _is_compiled_conv1x1(x, weight):
-        z = conv1x1(x, weight, prologue=prologue, stride=stride)
-        return z, batch_stats(z, bn)
+        return _by_torch.conv1x1_stats(x, weight, bn, prologue=prologue, stride=stride)
     vectors = _vectors(weight.shape[0])
     z = _conv1x1(_strided(x, stride), weight, prologue, None, None, vectors)
     return z, _finished(vectors, bn, z)
@@ -338,10 +335,15 @@ def conv1x1_backward(
     dx: a gradient from elsewhere, to which this one is added in place.
     """
     if not _is_compiled_conv1x1(x, weight):
-        if prologue is not None and need_dweight:
-            x = normalize_relu(x, *prologue)
-        return reference.conv1x1_backward(
-            dz, x, weight, stride=stride, need_dx=need_dx, need_dweight=need_dweight, dx=dx
+        return _by_torch.conv1x1_backward(
+            dz,
+            x,
+            weight,
+            prologue=prologue,
+            stride=stride,
+            need_dx=need_dx,
+            need_dweight=need_dweight,
+            dx=dx,
         )
     n, k, h, w = dz.shape
     c = x.shape[1]
@@ -435,6 +437,9 @@ def normalize_relu(
     y = torch.empty_like(z, memory_format=torch.channels_last)
     _normalize_relu(z, scale, shift, residual, residual_affine, y)
     return y
+
+
+_by_torch = reference.with_torch_convolution(normalize_relu, batch_stats)
 
 
 def _sums(
