@@ -217,12 +217,12 @@ bool pack_winograd_block(const ConvProblem& p, const Block& block, int64_t group
 
 // The same as U. False if a weight is not finite.
 template <class T>
-bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool transposed, int64_t group, int64_t groups,
-                          const T* weight, float* taps, float* packed) {
+bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, Access access, bool transposed, int64_t group,
+                          int64_t groups, const T* weight, float* taps, float* packed) {
   bool finite = true;
   for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * blocks.din * kPairFloats) {
     const Block block = blocks.block(b, groups);
-    if (!transposed && blocks.access() == Access::broadcast) {
+    if (!transposed && access == Access::broadcast) {
       finite &= pack_winograd_block(p, block, group, weight, packed);
       continue;
     }
@@ -230,7 +230,7 @@ bool pack_winograd_weight(const ConvProblem& p, const Blocks& blocks, bool trans
       pack_transposed_block(p, block, group, weight, taps);
     else
       pack_block(p, block, group, weight, taps);
-    finite &= transform_weight(blocks, taps, transposed, packed);
+    finite &= transform_weight(blocks, access, taps, transposed, packed);
   }
   return finite;
 }
@@ -499,9 +499,7 @@ struct ForwardSink {
                         int64_t count, float* values) const {
     T* const to = out + at(block, row, column);
     const int64_t row_stride = p.out_w() * p.K;
-    if (!past_cache)
-      for (int64_t r = 1; r <= min(rows, p.out_h() - 1 - row); ++r)
-        prefetch_pixels(to + r * row_stride, p.K, count, block);
+    if (!past_cache && rows == 1 && row + 1 < p.out_h()) prefetch_pixels(to + row_stride, p.K, count, block);
     put_in_values(tile, values, count);
     if constexpr (std::is_same<T, float>::value) {
       if (block.lanes == kLanes) {
@@ -604,7 +602,8 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
         sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), all_blocks, p.groups);
         bool item_finite = true;
         if (new_chunk && (winograd || narrow))
-          item_finite = pack_winograd_weight(p, blocks, false, group, groups, weights, staged, packed);
+          item_finite = pack_winograd_weight(p, blocks, access_of(blocks, winograd), false, group, groups, weights,
+                                             staged, packed);
         else if (new_chunk && channel_pairs)
           pack_channel_pairs(p, blocks, group, groups, weights, staged, packed);
         else if (new_chunk)
@@ -616,26 +615,24 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
             const float* const in_place = std::is_same<T, float>::value && !prologue.scale ? (const float*)x : nullptr;
             Vec zeros{};
             with_activation((const T*)x, prologue, [&](auto value) {
-              for_narrow_tiles(window, next, [&](const Window& tile, const Window& then) {
-                Ahead ahead;
-                ahead.add((const T*)x, p.N, p.H, p.W, p.C, new_columns(then), channel, groups * p.din());
-                const int64_t lines = ceil_div(ahead.lines, blocks.count(groups) * fetches(tile, 2 * kNarrowPairs));
+              for_narrow_tiles(window, next, kNarrowRows, [&](const Window& tile, const Window& then) {
+                const int64_t walks = blocks.count(groups) * ceil_div(tile.columns, 2 * kNarrowPairs);
+                auto ahead = RowsAhead::of<T>({x}, p, then, channel, groups * p.din(), walks);
                 for (int64_t b = 0; b < blocks.count(groups); ++b) {
                   const Block block = blocks.block(b, groups);
                   const auto input_of = [&](const Window& part) RK_INLINE_LAMBDA {
                     return input_around(in_place, part, p.H, p.W, p.C, channel + block.in, block.lanes, staged, value);
                   };
-                  run_narrow(tile, p.H, b, block, packed, input_of, zeros, ahead, lines, sink);
+                  run_narrow(p.din(), tile, p.H, b, block, packed, input_of, zeros, ahead, sink);
                 }
               });
             });
             item_finite = !any_nan(zeros);
           } else if constexpr (narrow_pairs) {
             const float* const pairs = (const float*)x;  // a pair is moved as a float
-            for_narrow_tiles(window, next, [&](const Window& tile, const Window& then) {
-              Ahead ahead;
-              ahead.add(pairs, p.N, p.H, p.W, source.C, new_columns(then), channel, groups * source.din());
-              const int64_t lines = ceil_div(ahead.lines, blocks.count(groups) * fetches(tile, kNarrowColumns));
+            for_narrow_tiles(window, next, kNarrowRows, [&](const Window& tile, const Window& then) {
+              auto ahead =
+                  RowsAhead::of<float>({x}, source, then, channel, groups * source.din(), blocks.count(groups));
               for (int64_t b = 0; b < blocks.count(groups); ++b) {
                 const Block block = blocks.block(b, groups);
                 const auto value = [&](int64_t, auto) RK_INLINE_LAMBDA {
@@ -649,7 +646,8 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
                                      const auto run = part.columns > kNarrowColumns / 2
                                                           ? narrow_pair_tile<kNarrowColumns>
                                                           : narrow_pair_tile<kNarrowColumns / 2>;
-                                     run(input, part.rows, edges, block_weight, index, to, ahead, lines);
+                                     ahead.begin_walk();
+                                     run(input, part.rows, edges, source.din(), block_weight, index, to, ahead);
                                    });
               }
             });
@@ -810,14 +808,13 @@ inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int6
   }
 }
 
-// Sums the splits' packed dweight of a chunk, in place, and writes it as the weight lies; of Winograd's M if
-// `winograd`.
+// Sums the splits' packed dweight of a chunk, in place, and writes it as the weight lies; of Winograd's M if `pairs`.
 template <class T>
-void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool winograd, const Plan& plan, int64_t chunk,
-                           float* packed, int64_t split_floats, T* dweight) {
+void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, Access access, bool pairs, const Plan& plan,
+                           int64_t chunk, float* packed, int64_t split_floats, T* dweight) {
   const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), din = p.din(), row = 9 * din;
-  const int64_t vectors = winograd ? 4 : 3;  // of a row of taps
-  const int interleave = winograd ? interleaved_groups(winograd_access(blocks)) : 1;
+  const int64_t vectors = pairs ? 4 : 3;  // of a row of taps
+  const int interleave = interleaved_groups(access);
   const IVec order = side_by_side(interleave, blocks.dout);
   for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * din * vectors * kLanes) {
     for (int64_t i = 0; i < 3 * din; ++i) {
@@ -825,7 +822,7 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool wino
       Vec sums[4] = {};
       for (int64_t split = 0; split < plan.splits; ++split)
         for (int64_t v = 0; v < vectors; ++v) sums[v] += load(taps + split * split_floats + v * kLanes);
-      if (winograd) weight_gradient_of_pairs(sums);
+      if (pairs) weight_gradient_of_pairs(sums);
       for (int64_t kx = 0; kx < 3; ++kx)
         store(taps + kx * kLanes, interleave > 1 ? permute(sums[kx], order) : sums[kx]);
     }
@@ -837,7 +834,7 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, bool wino
       for (int64_t i = 0; i < n; ++i) {
         const int64_t ci = p.weight_channels_last ? (j + i) % din : (j + i) / 9;
         const int64_t tap = p.weight_channels_last ? (j + i) / din : (j + i) % 9, ky = tap / 3;
-        rows[i] = load(packed + ((winograd ? ky * din + ci : ci * 3 + ky) * vectors + tap % 3) * kLanes);
+        rows[i] = load(packed + ((pairs ? ky * din + ci : ci * 3 + ky) * vectors + tap % 3) * kLanes);
       }
       transpose(rows);
       for (int lane = 0; lane < block.lanes; ++lane) {
@@ -864,9 +861,7 @@ struct InputGradientSink {
                         int64_t count, float* values) const {
     T* const to = at(block, row, column);
     const int64_t row_stride = p.W * p.C;
-    if (!past_cache)
-      for (int64_t r = 1; r <= min(rows, p.H - 1 - row); ++r)
-        prefetch_pixels(to + r * row_stride, step * p.C, count, block);
+    if (!past_cache && rows == 1 && row + 1 < p.H) prefetch_pixels(to + row_stride, step * p.C, count, block);
     put_in_values(tile, values, count);
     if constexpr (std::is_same<T, float>::value) {
       if (block.lanes == kLanes) {
@@ -940,7 +935,8 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
         fill_index(backward, winograd, backward_index);
         bool item_finite = true;
         if (new_chunk && dx && (winograd || narrow))
-          item_finite = pack_winograd_weight(p, backward, true, group, groups, (const T*)weight, z_staged, packed);
+          item_finite = pack_winograd_weight(p, backward, access_of(backward, winograd), true, group, groups,
+                                             (const T*)weight, z_staged, packed);
         else if (new_chunk && dx)
           pack_weight(p, backward, true, group, groups, (const T*)weight, packed);
         float* chunk_dweight = nullptr;
@@ -967,10 +963,11 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
             Vec zeros{};
             with_gradient<T>(gradient, [&](auto gradient_at) {
               with_activation((const T*)x, prologue, [&](auto value) {
-                for_narrow_tiles(window, next, [&](const Window& tile, const Window& then) {
-                  Ahead ahead = ahead_of(new_columns(then), new_columns(then));
-                  const int64_t steps = (dx ? fetches(tile, 2 * kNarrowPairs) : 0) + (dweight ? tile.rows : 0);
-                  const int64_t lines = ceil_div(ahead.lines, backward.count(groups) * steps);
+                for_narrow_tiles(window, next, kNarrowBackwardRows, [&](const Window& tile, const Window& then) {
+                  const int64_t walks = dx ? ceil_div(tile.columns, 2 * kNarrowPairs) : 1;
+                  auto dz_ahead = RowsAhead::of<T>({gradient.dy, gradient.z}, p, then, z_channel, groups * p.dout(),
+                                                   backward.count(groups) * walks);
+                  auto x_ahead = RowsAhead::of<T>({x}, p, then, x_channel, groups * p.din(), backward.count(groups));
                   for (int64_t b = 0; b < backward.count(groups); ++b) {
                     const Block block = backward.block(b, groups);
                     const int64_t z = z_channel + block.in, c = x_channel + block.out;
@@ -979,10 +976,13 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
                     const auto part_of_e = [&](const Window& part) RK_INLINE_LAMBDA {
                       return NarrowInput{e.data + (part.column - tile.column) * e.pixel, e.row, e.pixel};
                     };
-                    if (dx) run_narrow(tile, p.H, b, block, packed, part_of_e, zeros, ahead, lines, sink);
+                    if (dx) run_narrow(p.din(), tile, p.H, b, block, packed, part_of_e, zeros, dz_ahead, sink);
                     if (!dweight) continue;
                     const NarrowInput a = input_around(in_place, tile, p.H, p.W, p.C, c, block.lanes, x_staged, value);
-                    narrow_weight_tile(tile, a, e, chunk_dweight + b * 3 * kNarrow * kPairFloats, ahead, lines);
+                    const auto run = p.din() == 4 ? narrow_weight_tile<4> : narrow_weight_tile<8>;
+                    x_ahead.begin_walk();
+                    if (!dx) dz_ahead.begin_walk();
+                    run(tile, a, e, chunk_dweight + b * 3 * p.din() * kPairFloats, x_ahead, dx ? nullptr : &dz_ahead);
                   }
                 });
               });
@@ -1044,8 +1044,8 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
 
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1 && plan.chunks > 1)
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
-    write_weight_gradient(p, forward, winograd || narrow, plan, chunk, scratch.shared + chunk * dweight_floats,
-                          split_floats, (T*)dweight);
+    write_weight_gradient(p, forward, access_of(forward, winograd), winograd || narrow, plan, chunk,
+                          scratch.shared + chunk * dweight_floats, split_floats, (T*)dweight);
   return true;
 }
 

@@ -1,8 +1,8 @@
-// Winograd's pairs (winograd.h) for groups of four channels, of which a vector holds four.
+// Winograd's pairs (winograd.h) for groups of four and of eight channels, of which a vector holds several.
 //
-// A pair of outputs of such a vector takes so few products that writing V to memory and reading it back costs as much
-// as they do. So V stays in registers: a register tile is two pairs of columns of one vector of channels and walks down
-// the rows. What an input row adds to the three output rows that read it is summed for all four products at once:
+// A pair of outputs of such a vector takes so few products that writing V to memory and reading it back costs nearly as
+// much as they do. So V stays in registers: a register tile is two pairs of columns of one vector of channels and walks
+// down the rows. What an input row adds to the three output rows that read it is summed for all four products at once:
 //
 //     d0 ... d5  ->  V0 ... V3 of either pair  ->  channel ci in all lanes of its group  ->  m[ky][pair][product]
 //
@@ -11,6 +11,7 @@
 // Pairs of bfloat16 channels walk down the rows in the same way, but are multiplied as the sum is written.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "plan.h"
@@ -20,20 +21,20 @@
 
 namespace resnext_kernels::cpu::RK_ISA {
 
-constexpr int kNarrow = 4;             // channels of a group
-constexpr int kNarrowPairs = 2;        // of a register tile: 24 accumulators
-constexpr int64_t kNarrowRows = 14;    // of a tile, at most
-constexpr int64_t kNarrowColumns = 8;  // of a tile: two register tiles, which may share a copy
+constexpr int kNarrowPairs = 2;              // of a register tile: 24 accumulators
+constexpr int64_t kNarrowRows = 28;          // of a tile, at most, forward
+constexpr int64_t kNarrowBackwardRows = 14;  // backward, where up to three tensors are read
+constexpr int64_t kNarrowColumns = 8;        // of a tile: two register tiles, which may share a copy
 constexpr int64_t kNarrowCopy = (kNarrowRows + 2) * (kNarrowColumns + 2) * kLanes;  // floats
 
 inline bool narrow_serves(const ConvProblem& p) {
-  return winograd_serves(p) && p.din() == kNarrow && p.dout() == kNarrow;
+  return winograd_serves(p) && p.din() == p.dout() && (p.din() == 4 || p.din() == 8);
 }
 
-// f(tile, the one after it) for the tiles of a window; `next` is the window after this one.
+// f(tile, the one after it) for the tiles, of at most `rows` rows, of a window; `next` is the window after this one.
 template <class F>
-RK_INLINE void for_narrow_tiles(const Window& window, const Window& next, F&& f) {
-  const int64_t bands = ceil_div(window.rows, kNarrowRows), end = window.column + window.columns;
+RK_INLINE void for_narrow_tiles(const Window& window, const Window& next, int64_t rows, F&& f) {
+  const int64_t bands = ceil_div(window.rows, rows), end = window.column + window.columns;
   for (int64_t band = 0; band < bands; ++band) {
     const auto tile_at = [&](const Window& in, int64_t band, int64_t column) {
       const int64_t first = in.row + band * in.rows / bands, last = in.row + (band + 1) * in.rows / bands;
@@ -46,10 +47,56 @@ RK_INLINE void for_narrow_tiles(const Window& window, const Window& next, F&& f)
   }
 }
 
-// What a tile reads that the one to its left has not read.
-inline Window new_columns(const Window& tile) {
-  return {tile.n, tile.row - 1, tile.rows + 2, tile.column + 1, tile.columns};
-}
+// What the tile after this one reads, of up to three tensors of one shape: while a tile walks down its rows, it asks
+// for the same rows of the next one, and every register tile asks for a piece of them. Pieces are consecutive cache
+// lines, which the machine's own prefetchers follow; pixels apart, it would take a tenth longer.
+class RowsAhead {
+ public:
+  // What `then` reads that the tile to its left has not read, from a chunk's first channel on, of (N, H, W, C) tensors
+  // of T, the first of which exists; `walks`: how often tiles walk down the rows meanwhile.
+  template <class T>
+  static RowsAhead of(std::initializer_list<const void*> tensors, const ConvProblem& p, const Window& then,
+                      int64_t channel, int64_t channels, int64_t walks) {
+    RowsAhead ahead;
+    for (const void* tensor : tensors)
+      if (tensor) ahead.tensors_[ahead.count_++] = (const char*)tensor;
+    if (then.n >= p.N) return ahead;  // the same lines again and again, which costs nothing
+    constexpr int64_t kSize = sizeof(T);
+    const int64_t row = max(then.row - 1, 0), column = min(then.column + 1, p.W - 1);
+    ahead.first_ = (((then.n * p.H + row) * p.W + column) * p.C + channel) * kSize;
+    ahead.row_bytes_ = p.W * p.C * kSize;
+    ahead.pixel_bytes_ = p.C * kSize;
+    ahead.pixel_lines_ = ceil_div(channels * kSize, 64);
+    ahead.lines_ = ceil_div(min(then.columns, p.W - column) * ahead.pixel_lines_, walks);
+    ahead.more_ = ahead.count_ > 1 || ahead.lines_ > kLines;
+    return ahead;
+  }
+  // Before a walk, and with every row of it.
+  RK_INLINE void begin_walk() {
+    const int64_t line = walk_++ * lines_;
+    at_ = first_ + line / pixel_lines_ * pixel_bytes_ + line % pixel_lines_ * 64;
+  }
+  RK_INLINE void fetch() {
+    fetch_lines(tensors_[0] + at_);
+    if (more_) {
+      for (int64_t line = kLines; line < lines_; line += kLines) fetch_lines(tensors_[0] + at_ + 64 * line);
+      for (int64_t i = 1; i < count_; ++i)
+        for (int64_t line = 0; line < lines_; line += kLines) fetch_lines(tensors_[i] + at_ + 64 * line);
+    }
+    at_ += row_bytes_;
+  }
+
+ private:
+  static constexpr int kLines = 4;  // of float32, what two register tiles next to one another share out
+  static RK_INLINE void fetch_lines(const char* at) {
+#pragma GCC unroll 4
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(at + 64 * line, 0, 2);
+  }
+  const char* tensors_[3];
+  int64_t count_ = 0, walk_ = 0, at_ = 0;                                              // bytes
+  int64_t first_ = 0, row_bytes_ = 0, pixel_bytes_ = 0, pixel_lines_ = 1, lines_ = 0;  // lines_: of a row, for one walk
+  bool more_ = false;
+};
 
 // What a tile reads: the pixel left of the row above it, and the floats from row to row and from pixel to pixel.
 struct NarrowInput {
@@ -113,22 +160,28 @@ RK_INLINE Vec pair_value(const float* d, int64_t pixel, int i) {
   return i == 0 ? load(d) - d2 : i == 1 ? d1 + d2 : i == 2 ? d2 - d1 : d1 - load(d + 3 * pixel);
 }
 
+// Four input channels of every group, from `half` * 4 on, for spread_quads.
+template <int kD>
+RK_INLINE Vec quads(Vec v, int half) {
+  return kD == 4 ? v : in_register(spread_octets(v, half));
+}
+
 // What an input row adds to m[ky], the output rows that it meets with its taps kFirst ... kLast.
-template <int kFirst, int kLast, int P>
+template <int kD, int kFirst, int kLast, int P>
 RK_INLINE void add_narrow_row(Vec (&m)[3][P][4], const float* input, int64_t pixel, const float* weight) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     Vec v[P];
 #pragma GCC unroll 2
     for (int pair = 0; pair < P; ++pair) v[pair] = pair_value(input + 2 * pair * pixel, pixel, i);
-#pragma GCC unroll 4
-    for (int ci = 0; ci < kNarrow; ++ci) {
+#pragma GCC unroll 8
+    for (int ci = 0; ci < kD; ++ci) {
       Vec value[P];
 #pragma GCC unroll 2
-      for (int pair = 0; pair < P; ++pair) value[pair] = spread_quads(v[pair], ci);
+      for (int pair = 0; pair < P; ++pair) value[pair] = spread_quads(quads<kD>(v[pair], ci / 4), ci % 4);
 #pragma GCC unroll 3
       for (int ky = kFirst; ky <= kLast; ++ky) {
-        const Vec u = in_register(load(weight + (ky * kNarrow + ci) * kPairFloats + i * kLanes));
+        const Vec u = in_register(load(weight + (ky * kD + ci) * kPairFloats + i * kLanes));
 #pragma GCC unroll 2
         for (int pair = 0; pair < P; ++pair) m[ky][pair][i] += u * value[pair];
       }
@@ -137,26 +190,26 @@ RK_INLINE void add_narrow_row(Vec (&m)[3][P][4], const float* input, int64_t pix
 }
 
 // Two pairs or, at the right end, one. `zeros` stays zero as long as all results are finite, which they are only if V
-// and U are. Asks for `lines` of what is ahead with every row.
-template <int P>
+// and U are.
+template <int kD, int P>
 void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const float* weight, const TileOut& to,
-                 Vec& zeros, Ahead& ahead, int64_t lines) {
+                 Vec& zeros, RowsAhead& ahead) {
   Vec m[3][P][4] = {};  // of the output rows r, r - 1, r - 2
   Vec zero = zeros;
   const float* d = input.data;
   const auto add = [&](auto first, auto last)
-                       RK_INLINE_LAMBDA { add_narrow_row<first.value, last.value>(m, d, input.pixel, weight); };
+                       RK_INLINE_LAMBDA { add_narrow_row<kD, first.value, last.value>(m, d, input.pixel, weight); };
   const auto next = [&](int64_t row) RK_INLINE_LAMBDA {
     if (row >= 0) {
-      Vec y[2 * P];
+      Vec y[2 * P], sum{};
 #pragma GCC unroll 2
       for (int pair = 0; pair < P; ++pair) {
         const Vec(&sums)[4] = m[2][pair];
         y[2 * pair] = sums[0] + (sums[1] + sums[2]);
         y[2 * pair + 1] = (sums[1] - sums[2]) - sums[3];
-        zero += y[2 * pair] * Vec{};
-        zero += y[2 * pair + 1] * Vec{};
+        sum += y[2 * pair] + y[2 * pair + 1];
       }
+      zero += sum * Vec{};
       emit(to, y, row);
     }
 #pragma GCC unroll 2
@@ -164,7 +217,7 @@ void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const floa
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) m[2][pair][i] = m[1][pair][i], m[1][pair][i] = m[0][pair][i], m[0][pair][i] = Vec{};
     d += input.row;
-    ahead.fetch(lines);
+    ahead.fetch();
   };
   walk_down(rows, edges, add, next);
   zeros = zero;
@@ -186,28 +239,26 @@ RK_INLINE void for_register_tiles(const Window& tile, int64_t columns, int64_t H
   }
 }
 
-// How often the register tiles of a block ask for what is ahead.
-inline int64_t fetches(const Window& tile, int64_t columns) {
-  return ceil_div(tile.columns, columns) * (tile.rows + 2);
-}
-
 // A block by Winograd's pairs; input_of(register tile): what it reads.
 template <class F, class S>
-RK_INLINE void run_narrow(const Window& tile, int64_t H, int64_t b, const Block& block, const float* packed,
-                          F&& input_of, Vec& zeros, Ahead& ahead, int64_t lines, const S& sink) {
-  const float* const weight = packed + b * 3 * kNarrow * kPairFloats;
+RK_INLINE void run_narrow(int64_t din, const Window& tile, int64_t H, int64_t b, const Block& block,
+                          const float* packed, F&& input_of, Vec& zeros, RowsAhead& ahead, const S& sink) {
+  const float* const weight = packed + b * 3 * din * kPairFloats;
   for_register_tiles(tile, 2 * kNarrowPairs, H, b, block, sink,
                      [&](const Window& part, Edges edges, const TileOut& to) RK_INLINE_LAMBDA {
-                       const auto run = part.columns > 2 ? narrow_tile<kNarrowPairs> : narrow_tile<1>;
-                       run(input_of(part), part.rows, edges, weight, to, zeros, ahead, lines);
+                       const auto four = part.columns > 2 ? narrow_tile<4, kNarrowPairs> : narrow_tile<4, 1>;
+                       const auto eight = part.columns > 2 ? narrow_tile<8, kNarrowPairs> : narrow_tile<8, 1>;
+                       ahead.begin_walk();
+                       (din == 4 ? four : eight)(input_of(part), part.rows, edges, weight, to, zeros, ahead);
                      });
 }
 
 // ---- pairs of bfloat16 channels, as the sum is written: two lanes of input for a group's four outputs
 // What an input row adds to m[ky], the output rows that it meets with its taps kFirst ... kLast.
 template <int kFirst, int kLast, int A>
-RK_INLINE void add_pair_row(Vec (&m)[3][A], const float* input, int64_t pixel, const float* weight, const IVec* index) {
-  for (int pair = 0; pair < kNarrow / 2; ++pair, weight += 9 * kLanes) {
+RK_INLINE void add_pair_row(Vec (&m)[3][A], const float* input, int64_t pixel, int64_t inputs, const float* weight,
+                            const IVec* index) {
+  for (int64_t pair = 0; pair < inputs; ++pair, weight += 9 * kLanes) {
     const IVec lanes = index[pair];
     const float* d = fresh(input);
 #pragma GCC unroll 16
@@ -225,39 +276,46 @@ RK_INLINE void add_pair_row(Vec (&m)[3][A], const float* input, int64_t pixel, c
 }
 
 template <int A>
-void narrow_pair_tile(const NarrowInput& input, int64_t rows, Edges edges, const float* weight, const IVec* index,
-                      const TileOut& to, Ahead& ahead, int64_t lines) {
+void narrow_pair_tile(const NarrowInput& input, int64_t rows, Edges edges, int64_t inputs, const float* weight,
+                      const IVec* index, const TileOut& to, RowsAhead& ahead) {
   Vec m[3][A] = {};  // of the output rows r, r - 1, r - 2
   const float* d = input.data;
-  const auto add = [&](auto first, auto last)
-                       RK_INLINE_LAMBDA { add_pair_row<first.value, last.value>(m, d, input.pixel, weight, index); };
+  const auto add = [&](auto first, auto last) RK_INLINE_LAMBDA {
+    add_pair_row<first.value, last.value>(m, d, input.pixel, inputs, weight, index);
+  };
   const auto next = [&](int64_t row) RK_INLINE_LAMBDA {
     if (row >= 0) emit(to, m[2], row);
 #pragma GCC unroll 16
     for (int i = 0; i < A; ++i) m[2][i] = m[1][i], m[1][i] = m[0][i], m[0][i] = Vec{};
     d += input.row;
-    ahead.fetch(lines);
+    ahead.fetch();
   };
   walk_down(rows, edges, add, next);
 }
 
 // ---- dweight, packed as [block][ky][ci][M0 M1 M2 M3][lane]
 // One block, from the pairs of a tile: V of a and the three rows of e that each of its rows meets, which are zeros
-// outside of the image. Two products at a time: 24 accumulators. Asks for `lines` of what is ahead with every row.
-inline void narrow_weight_tile(const Window& tile, const NarrowInput& a, const NarrowInput& e, float* dweight,
-                               Ahead& ahead, int64_t lines) {
-  static constexpr int order[2][2] = {{0, 3}, {1, 2}};  // the first two multiply e itself
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    Vec acc[2][3][kNarrow] = {};
+// outside of the image. As many products at a time as take 24 accumulators. `more_ahead` may be null.
+template <int kD>
+void narrow_weight_tile(const Window& tile, const NarrowInput& a, const NarrowInput& e, float* dweight,
+                        RowsAhead& ahead, RowsAhead* more_ahead) {
+  constexpr int kProducts = 8 / kD;
+  static constexpr int order[4] = {0, 3, 1, 2};  // the first two multiply e itself
+  const auto fetch = [&]() RK_INLINE_LAMBDA {
+    ahead.fetch();
+    if (more_ahead) more_ahead->fetch();
+  };
+#pragma GCC unroll 4
+  for (int first = 0; first < 4; first += kProducts) {
+    Vec acc[kProducts][3][kD] = {};
     const float *a_row = a.data + a.row, *e_row = e.data + e.pixel;
     for (int64_t r = 0; r < tile.rows; ++r, a_row += a.row, e_row += e.row) {
-      if (half == 0) ahead.fetch(lines);
+      if (first == 0) fetch();
       const float *d = a_row, *above = e_row;
       for (int64_t column = 0; column < tile.columns; column += 2, d += 2 * a.pixel, above += 2 * e.pixel) {
 #pragma GCC unroll 2
-        for (int k = 0; k < 2; ++k) {
-          const int product = order[half][k];
+        for (int k = 0; k < kProducts; ++k) {
+          const int product = order[first + k];
           Vec gradient[3];
 #pragma GCC unroll 3
           for (int ky = 0; ky < 3; ++ky) {
@@ -269,9 +327,9 @@ inline void narrow_weight_tile(const Window& tile, const NarrowInput& a, const N
                                                       : load(right));
           }
           const Vec v = pair_value(d, a.pixel, product);
-#pragma GCC unroll 4
-          for (int ci = 0; ci < kNarrow; ++ci) {
-            const Vec value = spread_quads(v, ci);
+#pragma GCC unroll 8
+          for (int ci = 0; ci < kD; ++ci) {
+            const Vec value = spread_quads(quads<kD>(v, ci / 4), ci % 4);
 #pragma GCC unroll 3
             for (int ky = 0; ky < 3; ++ky) acc[k][ky][ci] += value * gradient[ky];
           }
@@ -279,15 +337,16 @@ inline void narrow_weight_tile(const Window& tile, const NarrowInput& a, const N
       }
     }
 #pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k)
+    for (int k = 0; k < kProducts; ++k)
 #pragma GCC unroll 3
       for (int ky = 0; ky < 3; ++ky)
-#pragma GCC unroll 4
-        for (int ci = 0; ci < kNarrow; ++ci) {
-          float* const to = dweight + (ky * kNarrow + ci) * kPairFloats + order[half][k] * kLanes;
+#pragma GCC unroll 8
+        for (int ci = 0; ci < kD; ++ci) {
+          float* const to = dweight + (ky * kD + ci) * kPairFloats + order[first + k] * kLanes;
           store(to, load(to) + acc[k][ky][ci]);
         }
   }
+  for (int i = 0; i < 2; ++i) fetch();  // of the rows above and below
 }
 
 }  // namespace resnext_kernels::cpu::RK_ISA

@@ -24,7 +24,7 @@
 // so a tile finds everything it reads at constant distances. Packed weights: [block][ky][ci][U0 U1 U2 U3][lane], or
 // where a group fills vectors [block][U0 U1 U2 U3][ky][ci][lane], for one product at a time. Two groups that share a
 // vector are interleaved here, a0 b0 a1 b1 ..., so that one load spreads both values of an input channel over their
-// lanes. Groups of four have a form of their own, without V in memory (narrow.h).
+// lanes. Groups of four and eight have a form of their own, without V in memory (narrow.h).
 #pragma once
 
 #include <type_traits>
@@ -48,9 +48,11 @@ constexpr int64_t kStepFloats = 80 * 1024;   // 320 KiB of V at a time
 // On narrower maps pairs save nothing: too many of their products are with padding.
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
 
-inline Access winograd_access(const Blocks& blocks) {
-  return blocks.groups_per_block == 2 ? Access::two : blocks.access();
+// `staged`: from V in memory, where two groups of a vector are interleaved.
+inline Access access_of(const Blocks& blocks, bool staged) {
+  return staged && blocks.groups_per_block == 2 ? Access::two : blocks.access();
 }
+inline Access winograd_access(const Blocks& blocks) { return access_of(blocks, true); }
 
 // Floats from one product of a packed U to the next, and from one input channel.
 struct WeightSteps {
@@ -76,7 +78,7 @@ inline IVec side_by_side(int64_t groups, int64_t d) {
 }
 // What the tiles of `blocks` need: where an input channel is, or for interleaved groups how results lie in memory.
 inline void fill_index(const Blocks& blocks, bool winograd, IVec* index) {
-  const int groups = winograd ? interleaved_groups(winograd_access(blocks)) : 1;
+  const int groups = interleaved_groups(access_of(blocks, winograd));
   if (groups > 1)
     index[0] = side_by_side(groups, blocks.dout);
   else
@@ -210,8 +212,7 @@ RK_INLINE Vec transform_row(const Vec (&g)[3], float* u, int64_t product) {
 
 // U of one block from its packed taps [ci][ky][kx][lane]; `rotated` turns the kernel by 180 degrees. False if a weight
 // is not finite.
-inline bool transform_weight(const Blocks& blocks, const float* taps, bool rotated, float* to) {
-  const Access access = winograd_access(blocks);
+inline bool transform_weight(const Blocks& blocks, Access access, const float* taps, bool rotated, float* to) {
   const WeightSteps steps(access, blocks.din);
   const int interleave = interleaved_groups(access);
   const IVec order = interleaved(interleave, blocks.dout);
