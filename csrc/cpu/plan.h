@@ -104,8 +104,14 @@ struct Plan {
     column_bands = ceil_div(out_w, columns);
     const int64_t row_floats = (columns * p.stride + 2 * p.dilation) * staged_pixel(chunk_groups * width);
     rows = staged == 0 ? out_h : max(4, (kScratchFloats / staged / row_floats - 2 * p.dilation) / p.stride);
-    rows = ceil_div(out_h, ceil_div(out_h, rows));
-    while (rows > 4 && chunks * p.N * ceil_div(out_h, rows) * column_bands < 2 * num_threads) rows = ceil_div(rows, 2);
+    // Bands of so many rows or fewer, down to 4: those that leave the busiest thread least to do, where a unit costs
+    // one row more than it has.
+    int64_t least = INT64_MAX;
+    for (int64_t bands = ceil_div(out_h, rows), height = rows; least == INT64_MAX || height > 4; ++bands) {
+      height = ceil_div(out_h, bands);
+      const int64_t work = ceil_div(chunks * p.N * bands * column_bands, num_threads) * (height + 1);
+      if (work < least) least = work, rows = height;
+    }
     row_bands = ceil_div(out_h, rows);
     units = p.N * row_bands * column_bands;
     splits = max(1, min(units, ceil_div(4 * num_threads, chunks)));
