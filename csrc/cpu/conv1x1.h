@@ -150,14 +150,14 @@ inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, A
   double* const counts = (double*)scratch.shared;
   double *const means = counts + pieces, *const m2s = means + pieces * columns;
   out.past_cache = out.residual != out.out && streams(out.out, M, columns);
+  Shares shares(blocks * pieces, num_threads);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && blocks * pieces > 1)
   {
     BlockStatistics* const statistics = mean ? (BlockStatistics*)scratch.mine() : nullptr;
     float* packed = scratch.mine() + statistics_floats;
     float* rows = packed + block * depth * kPanel;
     int64_t have = -1;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < blocks * pieces; ++item) {
+    shares.run([&](int64_t item) {
       const int64_t index = item / pieces, piece = item % pieces;
       const int64_t first = index * panels / blocks, last = (index + 1) * panels / blocks;
       if (have != first) pack_panels(first, last, depth, columns, transposed, weight, packed);
@@ -195,7 +195,7 @@ inline void product(int64_t M, int64_t depth, int64_t columns, const float* a, A
         }
       }
       end_streaming();
-    }
+    });
   }
   if (!mean) return;
   for (int64_t piece = 0; piece < pieces; ++piece)
@@ -235,12 +235,12 @@ inline void conv1x1_dweight(int64_t M, int64_t C, int64_t K, const float* dz, co
   const int64_t chunks = max(1, ceil_div(M, kPixels));  // one of no pixels writes zeros
   const int64_t splits = min(chunks, blocks >= 2 * num_threads ? 1 : ceil_div(4 * num_threads, blocks));
   const Scratch scratch(num_threads, (splits - 1) * K * C, 2 * kPixels * kPitch);
+  Shares shares(blocks * splits, num_threads);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && blocks * splits > 1)
   {
     float* dz_rows = scratch.mine();
     float* x_rows = dz_rows + kPixels * kPitch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < blocks * splits; ++item) {
+    shares.run([&](int64_t item) {
       const int64_t split = item / blocks, k0 = item % blocks / blocks_c * kPart, c0 = item % blocks_c * kPart;
       const int64_t ks = min(kPart, K - k0), cs = min(kPart, C - c0);
       float* out = (split ? scratch.shared + (split - 1) * K * C : dweight) + k0 * C + c0;
@@ -261,7 +261,8 @@ inline void conv1x1_dweight(int64_t M, int64_t C, int64_t K, const float* dz, co
             weight_tile(pixels, dz_rows + k, x_rows + c, out + k * C + c, C, cs - c > kLanes ? 2 : 1, chunk > begin,
                         ahead, ceil_div(ahead.lines, fetches));
       }
-    }
+    });
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < K * C; at += kLanes) {
       Vec sum = load(dweight + at);

@@ -7,6 +7,9 @@
 
 #include <omp.h>
 
+#include <atomic>
+#include <vector>
+
 #include "kernels.h"
 #include "simd.h"
 #include "tiles.h"
@@ -218,22 +221,47 @@ struct Scratch {
   int64_t shared_floats_, thread_floats_;
 };
 
-// f(chunk, split, first unit, last unit, new_chunk) for every item; what it computes does not depend on the thread. As
-// many chunks as threads are under way at a time, so that a thread mostly stays with one; new_chunk: it had another.
+// The items 0 ... count - 1 of a parallel region. A thread first takes its own share, which is the same in every call,
+// so that its cache has what it read and wrote there the last time, and then what the others have left.
+class Shares {
+ public:
+  Shares(int64_t count, int num_threads) : count_(count), next_((size_t)num_threads) {
+    for (int64_t share = 0; share < num_threads; ++share) next_[share].item = begin(share);
+  }
+  // By every thread of the region: f(item) for what it takes.
+  template <class F>
+  RK_INLINE void run(F&& f) {
+    const int64_t threads = (int64_t)next_.size(), first = omp_get_thread_num();
+    for (int64_t share = first; share < first + threads; ++share) {
+      const int64_t end = begin(share % threads + 1);
+      std::atomic<int64_t>& next = next_[share % threads].item;
+      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < end;) f(item);
+    }
+  }
+
+ private:
+  struct alignas(64) Next {
+    std::atomic<int64_t> item;
+  };
+  int64_t begin(int64_t share) const { return share * count_ / (int64_t)next_.size(); }
+  int64_t count_;
+  std::vector<Next> next_;
+};
+
+// f(chunk, split, first unit, last unit, new_chunk) for every item; what it computes does not depend on the thread.
+// new_chunk: the thread had another.
 template <class F>
 void for_items(const Plan& plan, int num_threads, F f) {
+  Shares shares(plan.items(), num_threads);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && plan.items() > 1)
   {
     int64_t last = -1;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < plan.items(); ++item) {
-      const int64_t first = item / (num_threads * plan.splits) * num_threads;
-      const int64_t together = min(num_threads, plan.chunks - first), at = item - first * plan.splits;
-      const int64_t chunk = first + at % together, split = at / together;
+    shares.run([&](int64_t item) {
+      const int64_t chunk = item / plan.splits, split = item % plan.splits;
       f(chunk, split, split * plan.units / plan.splits, (split + 1) * plan.units / plan.splits, chunk != last);
       last = chunk;
       end_streaming();
-    }
+    });
   }
 }
 

@@ -98,11 +98,12 @@ struct RowBands {
 
 template <class F>
 void for_bands(RowBands rows, int num_threads, F f) {
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) if (rows.bands > 1 && num_threads > 1)
-  for (int64_t band = 0; band < rows.bands; ++band) {
+  Shares shares(rows.bands, num_threads);
+#pragma omp parallel num_threads(num_threads) if (rows.bands > 1 && num_threads > 1)
+  shares.run([&](int64_t band) {
     f(band, rows.begin(band), rows.begin(band + 1));
     end_streaming();
-  }
+  });
 }
 
 // f(row, count) with a constant count.rows of 4, then 1: sums of four rows are kept in registers.
