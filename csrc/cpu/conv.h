@@ -365,7 +365,8 @@ struct Epilogue {
 };
 
 // Asks for the cache lines that this block of channels starts, in pixels that will be written soon: a store that
-// misses waits for memory, and no hardware prefetcher follows the order in which tiles write.
+// misses waits for memory, and no hardware prefetcher follows the order in which tiles write. Not for tiles of several
+// rows: so many lines at once delay the loads behind them more than they help.
 template <class T>
 RK_INLINE void prefetch_pixels(const T* out, int64_t stride, int64_t count, const Block& block) {
   if (block.out % (64 / (int64_t)sizeof(T))) return;

@@ -1,5 +1,6 @@
-// The kernels of one instruction set. Compiled once for each with -DRK_ISA=<name> and that set's flags; nothing of
-// the standard library is instantiated here, so no code for a newer machine can leak into shared inline functions.
+// The kernels of one instruction set. Compiled once for each with -DRK_ISA=<name> and that set's flags; the standard
+// library is instantiated for types of this namespace alone, so no code for a newer machine can leak into shared inline
+// functions.
 #include "conv.h"
 #include "conv1x1.h"
 #include "kernels.h"

@@ -47,13 +47,14 @@ RK_INLINE void for_narrow_tiles(const Window& window, const Window& next, int64_
   }
 }
 
-// What the tile after this one reads, of up to three tensors of one shape: while a tile walks down its rows, it asks
+// What the tile after this one reads, of one or two tensors of one shape: while a tile walks down its rows, it asks
 // for the same rows of the next one, and every register tile asks for a piece of them. Pieces are consecutive cache
 // lines, which the machine's own prefetchers follow; pixels apart, it would take a tenth longer.
 class RowsAhead {
  public:
   // What `then` reads that the tile to its left has not read, from a chunk's first channel on, of (N, H, W, C) tensors
-  // of T, the first of which exists; `walks`: how often tiles walk down the rows meanwhile.
+  // of T, the first of which is not null if it is ever asked for; `walks`: how often tiles walk down the rows
+  // meanwhile.
   template <class T>
   static RowsAhead of(std::initializer_list<const void*> tensors, const ConvProblem& p, const Window& then,
                       int64_t channel, int64_t channels, int64_t walks) {
@@ -71,11 +72,12 @@ class RowsAhead {
     ahead.more_ = ahead.count_ > 1 || ahead.lines_ > kLines;
     return ahead;
   }
-  // Before a walk, and with every row of it.
+  // To the piece of the next walk.
   RK_INLINE void begin_walk() {
     const int64_t line = walk_++ * lines_;
     at_ = first_ + line / pixel_lines_ * pixel_bytes_ + line % pixel_lines_ * 64;
   }
+  // Asks for one row of the piece, and goes to the next.
   RK_INLINE void fetch() {
     fetch_lines(tensors_[0] + at_);
     if (more_) {
@@ -92,10 +94,10 @@ class RowsAhead {
 #pragma GCC unroll 4
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(at + 64 * line, 0, 2);
   }
-  const char* tensors_[3];
+  const char* tensors_[2] = {};
   int64_t count_ = 0, walk_ = 0, at_ = 0;                                              // bytes
   int64_t first_ = 0, row_bytes_ = 0, pixel_bytes_ = 0, pixel_lines_ = 1, lines_ = 0;  // lines_: of a row, for one walk
-  bool more_ = false;
+  bool more_ = false;                                                                  // than kLines of one tensor
 };
 
 // What a tile reads: the pixel left of the row above it, and the floats from row to row and from pixel to pixel.
@@ -190,7 +192,7 @@ RK_INLINE void add_narrow_row(Vec (&m)[3][P][4], const float* input, int64_t pix
 }
 
 // Two pairs or, at the right end, one. `zeros` stays zero as long as all results are finite, which they are only if V
-// and U are.
+// and U are, and those of a row do not overflow when they are added.
 template <int kD, int P>
 void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const float* weight, const TileOut& to,
                  Vec& zeros, RowsAhead& ahead) {

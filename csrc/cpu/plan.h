@@ -7,7 +7,6 @@
 
 #include <omp.h>
 
-#include <atomic>
 #include <vector>
 
 #include "kernels.h"
@@ -107,8 +106,8 @@ struct Plan {
     column_bands = ceil_div(out_w, columns);
     const int64_t row_floats = (columns * p.stride + 2 * p.dilation) * staged_pixel(chunk_groups * width);
     rows = staged == 0 ? out_h : max(4, (kScratchFloats / staged / row_floats - 2 * p.dilation) / p.stride);
-    // Bands of so many rows or fewer, down to 4: those that leave the busiest thread least to do, where a unit costs
-    // one row more than it has.
+    // Bands of so many rows or fewer, until they have 4 or fewer: those that leave the busiest thread least to do,
+    // where a unit costs one row more than it has.
     int64_t least = INT64_MAX;
     for (int64_t bands = ceil_div(out_h, rows), height = rows; least == INT64_MAX || height > 4; ++bands) {
       height = ceil_div(out_h, bands);
@@ -234,14 +233,20 @@ class Shares {
     const int64_t threads = (int64_t)next_.size(), first = omp_get_thread_num();
     for (int64_t share = first; share < first + threads; ++share) {
       const int64_t end = begin(share % threads + 1);
-      std::atomic<int64_t>& next = next_[share % threads].item;
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < end;) f(item);
+      int64_t& next = next_[share % threads].item;
+      for (;;) {
+        int64_t item;
+#pragma omp atomic capture
+        item = next++;
+        if (item >= end) break;
+        f(item);
+      }
     }
   }
 
  private:
   struct alignas(64) Next {
-    std::atomic<int64_t> item;
+    int64_t item;
   };
   int64_t begin(int64_t share) const { return share * count_ / (int64_t)next_.size(); }
   int64_t count_;

@@ -48,11 +48,10 @@ constexpr int64_t kStepFloats = 80 * 1024;   // 320 KiB of V at a time
 // On narrower maps pairs save nothing: too many of their products are with padding.
 inline bool winograd_serves(const ConvProblem& p) { return p.stride == 1 && p.dilation == 1 && p.W >= 4; }
 
-// `staged`: from V in memory, where two groups of a vector are interleaved.
-inline Access access_of(const Blocks& blocks, bool staged) {
-  return staged && blocks.groups_per_block == 2 ? Access::two : blocks.access();
+// `winograd`: from V in memory, where two groups of a vector are interleaved.
+inline Access access_of(const Blocks& blocks, bool winograd) {
+  return winograd && blocks.groups_per_block == 2 ? Access::two : blocks.access();
 }
-inline Access winograd_access(const Blocks& blocks) { return access_of(blocks, true); }
 
 // Floats from one product of a packed U to the next, and from one input channel.
 struct WeightSteps {
@@ -156,7 +155,7 @@ template <class F>
 RK_INLINE bool stage_pairs(const Pairs<4>& to, const Pairs<2>* raw, const Slots& slots, int64_t groups,
                            const Window& window, int64_t H, int64_t W, int64_t C, int64_t channel, F&& value) {
   const int64_t n = window.n, column = window.column;
-  const int interleave = interleaved_groups(winograd_access(slots.vectors));
+  const int interleave = interleaved_groups(access_of(slots.vectors, true));
   const IVec order = interleaved(interleave, slots.vectors.dout);
   Vec bad[4] = {};  // sums of zeros
   for (int64_t row = window.row; row < window.row + window.rows; ++row) {
@@ -523,7 +522,7 @@ struct WinogradPass {
 
   template <class S>
   RK_INLINE void run(const Window& out, const Pairs<4>& input, Ahead& ahead, int64_t lines, const S& sink) const {
-    const Access access = winograd_access(blocks);
+    const Access access = access_of(blocks, true);
     const WinogradTiles& tiles = winograd_tiles(access);
     const int64_t weight_row = blocks.din * WeightSteps(access, blocks.din).input;
     alignas(64) float values[kWide][kTall * kTileColumns * kLanes];
@@ -769,7 +768,7 @@ inline void add_winograd_weight_gradient(const ConvProblem& p, const Blocks& blo
                                          const Window& rows, const Pairs<4>& a, const Pairs<4>& e,
                                          const Pairs<2>& raw_e, const IVec* index, float* dweight, Ahead& ahead,
                                          int64_t lines) {
-  const Access access = winograd_access(blocks);
+  const Access access = access_of(blocks, true);
   const int64_t quota = ceil_div(lines, 3 * blocks.count(groups));
   const auto runs_of = [&](int64_t ky) {
     const int64_t first = max(rows.row, 1 - ky), last = min(rows.row + rows.rows, p.H + 1 - ky);

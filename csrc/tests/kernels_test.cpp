@@ -900,7 +900,10 @@ vector<ConvProblem> problems() {
     list.push_back({1, 7, 7, 28, 28, 2, 1, 1, dtype});
     list.push_back({1, 7, 7, 16, 64, 16, 1, 1, dtype});  // four interleaved groups of other widths
     list.push_back({1, 7, 7, 48, 36, 12, 1, 1, dtype});
-    list.push_back({1, 9, 9, 40, 64, 8, 1, 1, dtype});    // two of them
+    list.push_back({1, 9, 9, 40, 64, 8, 1, 1, dtype});  // two of them
+    list.push_back({1, 9, 9, 64, 40, 8, 1, 1, dtype});
+    list.push_back({2, 5, 28, 56, 56, 8, 1, 1, dtype});
+    list.push_back({1, 4, 67, 35, 35, 5, 1, 1, dtype});
     list.push_back({1, 7, 7, 80, 80, 1, 1, 1, dtype});    // all rows in a tile
     list.push_back({2, 2, 4, 576, 544, 2, 1, 1, dtype});  // groups so wide that chunks are parts of them
     list.push_back({3, 7, 7, 72, 72, 3, 2, 1, dtype});
@@ -1005,7 +1008,7 @@ int main(int argc, char** argv) {
   const vector<ConvProblem> list = problems();
   for (size_t i = 0; i < list.size(); i += every) test_convolution(list[i]);
   for (const DType dtype : kDTypes) {
-    for (const int64_t d : {4, 5, 8, 16, 32}) test_convolution({1, 7, 9, 4 * d, 4 * d, 4, 1, 1, dtype}, true);
+    for (const int64_t d : {4, 5, 6, 8, 16, 32}) test_convolution({1, 7, 9, 4 * d, 4 * d, 4, 1, 1, dtype}, true);
     test_convolution({2, 7, 9, 8, 8, 2, 2, 1, dtype}, true);
     test_convolution({2, 6, 19, 24, 24, 24, 1, 1, dtype}, true);
     for (const int64_t m : {1, 2, 7, 64, 1000})
