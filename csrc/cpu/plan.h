@@ -109,10 +109,11 @@ struct Plan {
     // Bands of so many rows or fewer, until they have 4 or fewer: those that leave the busiest thread least to do,
     // where a unit costs one row more than it has.
     int64_t least = INT64_MAX;
-    for (int64_t bands = ceil_div(out_h, rows), height = rows; least == INT64_MAX || height > 4; ++bands) {
-      height = ceil_div(out_h, bands);
+    for (int64_t bands = ceil_div(out_h, rows);; ++bands) {
+      const int64_t height = ceil_div(out_h, bands);
       const int64_t work = ceil_div(chunks * p.N * bands * column_bands, num_threads) * (height + 1);
       if (work < least) least = work, rows = height;
+      if (height <= 4) break;
     }
     row_bands = ceil_div(out_h, rows);
     units = p.N * row_bands * column_bands;

@@ -898,9 +898,9 @@ vector<ConvProblem> problems() {
     list.push_back({1, 14, 14, 64, 64, 4, 1, 1, dtype});
     list.push_back({1, 7, 7, 128, 128, 4, 1, 1, dtype});
     list.push_back({1, 7, 7, 28, 28, 2, 1, 1, dtype});
-    list.push_back({1, 7, 7, 16, 64, 16, 1, 1, dtype});  // four interleaved groups of other widths
+    list.push_back({1, 7, 7, 16, 64, 16, 1, 1, dtype});  // a vector of four groups, in and out of other widths
     list.push_back({1, 7, 7, 48, 36, 12, 1, 1, dtype});
-    list.push_back({1, 9, 9, 40, 64, 8, 1, 1, dtype});  // two of them
+    list.push_back({1, 9, 9, 40, 64, 8, 1, 1, dtype});  // of two, interleaved
     list.push_back({1, 9, 9, 64, 40, 8, 1, 1, dtype});
     list.push_back({2, 5, 28, 56, 56, 8, 1, 1, dtype});
     list.push_back({1, 4, 67, 35, 35, 5, 1, 1, dtype});
