@@ -616,7 +616,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
             const float* const in_place = std::is_same<T, float>::value && !prologue.scale ? (const float*)x : nullptr;
             Vec zeros{};
             with_activation((const T*)x, prologue, [&](auto value) {
-              for_narrow_tiles(window, next, kNarrowRows, [&](const Window& tile, const Window& then) {
+              for_narrow_tiles(window, next, narrow_rows(p, in_place), [&](const Window& tile, const Window& then) {
                 const int64_t walks = blocks.count(groups) * ceil_div(tile.columns, 2 * kNarrowPairs);
                 auto ahead = RowsAhead::of<T>({x}, p, then, channel, groups * p.din(), walks);
                 for (int64_t b = 0; b < blocks.count(groups); ++b) {

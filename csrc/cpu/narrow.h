@@ -23,12 +23,23 @@ namespace resnext_kernels::cpu::RK_ISA {
 
 constexpr int kNarrowPairs = 2;              // of a register tile: 24 accumulators
 constexpr int64_t kNarrowRows = 28;          // of a tile, at most, forward
+constexpr int64_t kNarrowInPlaceRows = 56;   // where the input is read in place and all tensors stay in the cache
 constexpr int64_t kNarrowBackwardRows = 14;  // backward, where up to three tensors are read
+constexpr int64_t kCachedFloats = 1 << 22;   // 16 MiB, of x and z
 constexpr int64_t kNarrowColumns = 8;        // of a tile: two register tiles, which may share a copy
-constexpr int64_t kNarrowCopy = (kNarrowRows + 2) * (kNarrowColumns + 2) * kLanes;  // floats
+// Floats: of a tile, or of one of its register tiles where only those at the image's edges are copied.
+constexpr int64_t kNarrowCopy =
+    max((kNarrowRows + 2) * (kNarrowColumns + 2), (kNarrowInPlaceRows + 2) * (2 * kNarrowPairs + 2)) * kLanes;
 
 inline bool narrow_serves(const ConvProblem& p) {
   return winograd_serves(p) && p.din() == p.dout() && (p.din() == 4 || p.din() == 8);
+}
+
+// Rows of a forward tile of x. Higher ones have fewer rows at their edges, but what the machine's prefetchers read
+// below them is not what comes next.
+inline int64_t narrow_rows(const ConvProblem& p, const float* in_place) {
+  const int64_t pixels = p.N * p.H * p.W;
+  return in_place && pixels * (p.C + p.K) <= kCachedFloats ? kNarrowInPlaceRows : kNarrowRows;
 }
 
 // f(tile, the one after it) for the tiles, of at most `rows` rows, of a window; `next` is the window after this one.
@@ -229,7 +240,7 @@ void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const floa
 template <class F, class S>
 RK_INLINE void for_register_tiles(const Window& tile, int64_t columns, int64_t H, int64_t b, const Block& block,
                                   const S& sink, F&& run) {
-  alignas(64) float values[kNarrowRows * kTileColumns * kLanes];
+  alignas(64) float values[kNarrowInPlaceRows * kTileColumns * kLanes];
   const Edges edges{tile.row == 0, tile.row + tile.rows == H};
   Window part = tile;
   for (const int64_t end = tile.column + tile.columns; part.column < end; part.column += part.columns) {

@@ -20,10 +20,11 @@ constexpr int64_t kChunkChannels = 128;        // wide pieces of a pixel touch f
 constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this, or one group
 constexpr int64_t kPartWeights = 64 * 1024;    // of one group's weights, if it is cut: 3 MiB with Winograd's products
 constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
-constexpr int64_t kBandColumns = 64;
+constexpr int64_t kBandColumns = 64;           // of a unit, at most
+constexpr int64_t kFewestRows = 4, kFewestColumns = 8;  // of a unit that is cut for the sake of the threads
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -100,22 +101,26 @@ struct Plan {
     parts = ceil_div(p.dout(), chunk_outputs);
     chunks = ceil_div(p.groups, chunk_groups) * parts;
 
+    // The units that leave the busiest thread least to do, where each costs one row more than it has. Those of any
+    // number of rows are cut into columns too, which is better between threads: behind loads and stores that walk down
+    // the rows the machine's prefetchers go on for ten rows and more, and take them away from whoever writes there.
     const int64_t out_h = p.out_h(), out_w = p.out_w();
-    column_bands = ceil_div(out_w, kBandColumns);
-    columns = round_up(ceil_div(out_w, column_bands), 2);
-    column_bands = ceil_div(out_w, columns);
-    const int64_t row_floats = (columns * p.stride + 2 * p.dilation) * staged_pixel(chunk_groups * width);
-    rows = staged == 0 ? out_h : max(4, (kScratchFloats / staged / row_floats - 2 * p.dilation) / p.stride);
-    // Bands of so many rows or fewer, until they have 4 or fewer: those that leave the busiest thread least to do,
-    // where a unit costs one row more than it has.
     int64_t least = INT64_MAX;
-    for (int64_t bands = ceil_div(out_h, rows);; ++bands) {
-      const int64_t height = ceil_div(out_h, bands);
-      const int64_t work = ceil_div(chunks * p.N * bands * column_bands, num_threads) * (height + 1);
-      if (work < least) least = work, rows = height;
-      if (height <= 4) break;
+    for (int64_t across = ceil_div(out_w, kBandColumns);; ++across) {
+      const int64_t wide = round_up(ceil_div(out_w, across), staged == 0 ? 4 : 2);
+      const int64_t row_floats = (wide * p.stride + 2 * p.dilation) * staged_pixel(chunk_groups * width);
+      const int64_t fit = staged == 0 ? out_h : (kScratchFloats / staged / row_floats - 2 * p.dilation) / p.stride;
+      for (int64_t down = ceil_div(out_h, max(kFewestRows, fit));; ++down) {
+        const int64_t high = ceil_div(out_h, down);
+        const int64_t count = chunks * p.N * ceil_div(out_w, wide) * down;
+        const int64_t work = ceil_div(count, num_threads) * (high + 1) * wide;
+        if (work < least) least = work, rows = high, columns = wide;
+        if (high <= kFewestRows) break;
+      }
+      if (staged != 0 || wide <= kFewestColumns) break;
     }
     row_bands = ceil_div(out_h, rows);
+    column_bands = ceil_div(out_w, columns);
     units = p.N * row_bands * column_bands;
     splits = max(1, min(units, ceil_div(4 * num_threads, chunks)));
   }

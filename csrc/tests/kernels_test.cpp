@@ -915,6 +915,8 @@ vector<ConvProblem> problems() {
     list.push_back({1, 5, 67, 32, 32, 8, 1, 1, dtype});   // wider than a unit
     list.push_back({2, 31, 13, 20, 20, 5, 1, 1, dtype});  // more rows than a tile of groups of four takes, or of eight
     list.push_back({2, 31, 13, 40, 40, 5, 1, 1, dtype});
+    list.push_back({1, 56, 9, 20, 20, 5, 1, 1, dtype});  // as many as one takes where x is read in place, and more
+    list.push_back({1, 58, 9, 40, 40, 5, 1, 1, dtype});
     list.push_back({1, 30, 67, 32, 32, 8, 1, 1, dtype});
     list.push_back({1, 3, 131, 16, 16, 2, 1, 1, dtype});
     list.push_back({1, 5, 133, 16, 16, 4, 2, 1, dtype});
