@@ -40,13 +40,14 @@ Run = Callable[[], Any]
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "onnx", "onnxruntime", "openvino")
 MIB = 2**20
 FEWEST_ROUNDS = 5
+MOST_CALLS = 2000  # of a turn
 SETTLE_S = 0.02  # until the threads of the candidate before have stopped spinning
 ROUNDS = 1 << 16  # multiply-adds on each chain of registers: half a millisecond
 
 
 @dataclass(frozen=True)
 class Method:
-    """``rounds`` turns of at least ``min_time_ms`` each on ``threads`` CPU threads.
+    """``rounds`` turns of about ``min_time_ms`` or one call each on ``threads`` CPU threads.
 
     A candidate that has taken ``max_time_s`` sits out after ``FEWEST_ROUNDS`` turns.
     """
@@ -75,15 +76,24 @@ def keep_memory() -> bool:
 def interleaved(runs: Mapping[str, Run], method: Method) -> dict[str, list[float]]:
     """Time the candidates in turns; seconds a call, one figure for each round."""
     clock = _cuda_seconds if method.device == "cuda" else partial(_cpu_seconds, method.threads)
-    calls = {}
-    for name, run in runs.items():
-        run()
-        calls[name] = min(1000, max(1, math.ceil(method.min_time_ms * 1e-3 / clock(run, 1))))
+    calls = {name: _calls_of_a_turn(run, clock, method) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn, name in turns(runs, method):
         if turn < FEWEST_ROUNDS or sum(seconds[name]) * calls[name] <= method.max_time_s:
             seconds[name].append(clock(runs[name], calls[name]))
     return seconds
+
+
+def _calls_of_a_turn(run: Run, clock: Callable[[Run, int], float], method: Method) -> int:
+    """How many last ``min_time_ms``, by a turn of them: one alone, its threads just woken, takes
+    several times as long.
+    """
+    run()
+    calls = 1
+    for _ in range(2):
+        needed = math.ceil(method.min_time_ms * 1e-3 / clock(run, calls))
+        calls = max(calls, min(MOST_CALLS, needed))
+    return calls
 
 
 def _cpu_seconds(threads: int, run: Run, calls: int) -> float:

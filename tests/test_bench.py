@@ -212,6 +212,18 @@ def test_candidates_take_turns() -> None:
     assert order[3:] == list("abcbcacababc")  # every round begins with the next
 
 
+@pytest.mark.parametrize(
+    ("alone", "warm", "calls"),
+    [(1e-3, 1e-4, 200), (1e-4, 1e-4, 200), (1, 0.5, 1), (1e-6, 1e-6, 2000)],
+)
+def test_a_turn_lasts_as_long_as_asked_for(alone: float, warm: float, calls: int) -> None:
+    def clock(run: timing.Run, calls: int) -> float:
+        return alone if calls == 1 else warm
+
+    method = timing.Method(min_time_ms=20)
+    assert timing._calls_of_a_turn(lambda: None, clock, method) == calls
+
+
 def test_lost_time_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     for lost, flags in ((0.04, []), (0.2, ["busy machine: 20% of the time lost to others"])):
         monkeypatch.setattr(timing, "disturbance", lambda threads, lost=lost: lambda: lost)
