@@ -111,10 +111,14 @@ class RowsAhead {
   bool more_ = false;                                                                  // than kLines of one tensor
 };
 
+// Which of the columns that a register tile reads is outside of the image, and is not read.
+enum class Outside { none, left, right };
+
 // What a tile reads: the pixel left of the row above it, and the floats from row to row and from pixel to pixel.
 struct NarrowInput {
   const float* data;
   int64_t row, pixel;
+  Outside outside = Outside::none;
 };
 
 // A tile's window of one vector of channels, copied: value(offset) inside the image, zeros outside.
@@ -136,13 +140,19 @@ RK_INLINE NarrowInput copy_input(const Window& tile, int64_t H, int64_t W, int64
   return input;
 }
 
-// The same, in place where it can be read there; `in_place` is null where nothing can.
+// The same, in place where it can be read there; `in_place` is null where nothing can. `leaves_out`: the reader does
+// not read a column outside.
 template <class F>
 RK_INLINE NarrowInput input_around(const float* in_place, const Window& tile, int64_t H, int64_t W, int64_t C,
-                                   int64_t channel, int lanes, float* copy, F&& value) {
+                                   int64_t channel, int lanes, float* copy, bool leaves_out, F&& value) {
   if (lanes < kLanes) return copy_input(tile, H, W, C, channel, copy, value(channel, FirstLanes{lanes}));
-  if (in_place && tile.column > 0 && tile.column + round_up(tile.columns, 2) < W)
-    return {in_place + ((tile.n * H + tile.row - 1) * W + tile.column - 1) * C + channel, W * C, C};
+  const int64_t last = tile.column + round_up(tile.columns, 2);
+  const bool left = tile.column == 0, right = last == W;
+  if (in_place && last <= W && !(left && right) && (leaves_out || !(left || right)))
+    return {in_place + ((tile.n * H + tile.row - 1) * W + tile.column - 1) * C + channel, W * C, C,
+            left    ? Outside::left
+            : right ? Outside::right
+                    : Outside::none};
   return copy_input(tile, H, W, C, channel, copy, value(channel, AllLanes{}));
 }
 
@@ -167,10 +177,12 @@ RK_INLINE void walk_down(int64_t rows, Edges edges, F&& add, G&& next) {
   }
 }
 
-// Product i of V from the four columns of a pair.
-RK_INLINE Vec pair_value(const float* d, int64_t pixel, int i) {
+// Product i of V from the four columns of a pair, of which the first or the last may be outside.
+RK_INLINE Vec pair_value(const float* d, int64_t pixel, int i, bool left = false, bool right = false) {
   const Vec d1 = load(d + pixel), d2 = load(d + 2 * pixel);
-  return i == 0 ? load(d) - d2 : i == 1 ? d1 + d2 : i == 2 ? d2 - d1 : d1 - load(d + 3 * pixel);
+  if (i == 0) return (left ? Vec{} : load(d)) - d2;
+  if (i == 3) return right ? d1 : d1 - load(d + 3 * pixel);
+  return i == 1 ? d1 + d2 : d2 - d1;
 }
 
 // Four input channels of every group, from `half` * 4 on, for spread_quads.
@@ -180,13 +192,15 @@ RK_INLINE Vec quads(Vec v, int half) {
 }
 
 // What an input row adds to m[ky], the output rows that it meets with its taps kFirst ... kLast.
-template <int kD, int kFirst, int kLast, int P>
+template <int kD, Outside kOutside, int kFirst, int kLast, int P>
 RK_INLINE void add_narrow_row(Vec (&m)[3][P][4], const float* input, int64_t pixel, const float* weight) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     Vec v[P];
 #pragma GCC unroll 2
-    for (int pair = 0; pair < P; ++pair) v[pair] = pair_value(input + 2 * pair * pixel, pixel, i);
+    for (int pair = 0; pair < P; ++pair)
+      v[pair] = pair_value(input + 2 * pair * pixel, pixel, i, kOutside == Outside::left && pair == 0,
+                           kOutside == Outside::right && pair == P - 1);
 #pragma GCC unroll 8
     for (int ci = 0; ci < kD; ++ci) {
       Vec value[P];
@@ -204,14 +218,15 @@ RK_INLINE void add_narrow_row(Vec (&m)[3][P][4], const float* input, int64_t pix
 
 // Two pairs or, at the right end, one. `zeros` stays zero as long as all results are finite, which they are only if V
 // and U are, and those of a row do not overflow when they are added.
-template <int kD, int P>
+template <int kD, int P, Outside kOutside>
 void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const float* weight, const TileOut& to,
                  Vec& zeros, RowsAhead& ahead) {
   Vec m[3][P][4] = {};  // of the output rows r, r - 1, r - 2
   Vec zero = zeros;
   const float* d = input.data;
-  const auto add = [&](auto first, auto last)
-                       RK_INLINE_LAMBDA { add_narrow_row<kD, first.value, last.value>(m, d, input.pixel, weight); };
+  const auto add = [&](auto first, auto last) RK_INLINE_LAMBDA {
+    add_narrow_row<kD, kOutside, first.value, last.value>(m, d, input.pixel, weight);
+  };
   const auto next = [&](int64_t row) RK_INLINE_LAMBDA {
     if (row >= 0) {
       Vec y[2 * P], sum{};
@@ -234,6 +249,17 @@ void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const floa
   };
   walk_down(rows, edges, add, next);
   zeros = zero;
+}
+
+template <int kD, int P>
+RK_INLINE auto narrow_tile_for(Outside outside) {
+  return outside == Outside::left    ? narrow_tile<kD, P, Outside::left>
+         : outside == Outside::right ? narrow_tile<kD, P, Outside::right>
+                                     : narrow_tile<kD, P, Outside::none>;
+}
+inline auto narrow_tile_for(int64_t din, int64_t columns, Outside outside) {
+  if (din == 4) return columns > 2 ? narrow_tile_for<4, kNarrowPairs>(outside) : narrow_tile_for<4, 1>(outside);
+  return columns > 2 ? narrow_tile_for<8, kNarrowPairs>(outside) : narrow_tile_for<8, 1>(outside);
 }
 
 // run(register tile, edges, its results) for a block's register tiles of `columns` columns; `sink` as of UnitPass.
@@ -259,10 +285,10 @@ RK_INLINE void run_narrow(int64_t din, const Window& tile, int64_t H, int64_t b,
   const float* const weight = packed + b * 3 * din * kPairFloats;
   for_register_tiles(tile, 2 * kNarrowPairs, H, b, block, sink,
                      [&](const Window& part, Edges edges, const TileOut& to) RK_INLINE_LAMBDA {
-                       const auto four = part.columns > 2 ? narrow_tile<4, kNarrowPairs> : narrow_tile<4, 1>;
-                       const auto eight = part.columns > 2 ? narrow_tile<8, kNarrowPairs> : narrow_tile<8, 1>;
+                       const NarrowInput input = input_of(part);
                        ahead.begin_walk();
-                       (din == 4 ? four : eight)(input_of(part), part.rows, edges, weight, to, zeros, ahead);
+                       narrow_tile_for(din, part.columns, input.outside)(input, part.rows, edges, weight, to, zeros,
+                                                                         ahead);
                      });
 }
 
