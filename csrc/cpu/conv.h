@@ -99,21 +99,22 @@ void stage_gradient(const Staged& to, const ConvProblem& p, int64_t channel, int
 // Hands vector j of from(lane)[j] over the lanes to to(j), for j < count in order; lanes from `lanes` on are zero.
 template <class T, class F, class G>
 RK_INLINE void transpose_rows(int lanes, int64_t count, F&& from, G&& to) {
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t n = min(kLanes, count - j);
-    Vec rows[kLanes];
-    if (lanes == kLanes && n == kLanes) {
+  int64_t j = 0;
+  if (lanes == kLanes) {
+    for (; j + kLanes <= count; j += kLanes) {
+      Vec rows[kLanes];
 #pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load(from(lane) + j);
       transpose(rows);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to(j + i), rows[i]);
-      continue;
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      rows[lane] = Vec{};
-      if (lane < lanes) rows[lane] = n == kLanes ? load(from(lane) + j) : load_partial(from(lane) + j, (int)n);
-    }
+  }
+  for (; j < count; j += kLanes) {
+    const int64_t n = min(kLanes, count - j);
+    Vec rows[kLanes] = {};
+    for (int lane = 0; lane < lanes; ++lane)
+      rows[lane] = n == kLanes ? load(from(lane) + j) : load_partial(from(lane) + j, (int)n);
     transpose(rows);
     for (int64_t i = 0; i < n; ++i) store(to(j + i), rows[i]);
   }
@@ -199,7 +200,7 @@ bool pack_winograd_block(const ConvProblem& p, const Block& block, int64_t group
     if (p.weight_channels_last)
       for (int64_t t = 0; t < 9; ++t)
         transpose_rows<T>(
-            block.lanes, inputs, [&](int64_t lane) { return first + lane * row + t * din + ci; },
+            block.lanes, inputs, [&, row = fresh(row)](int64_t lane) { return first + lane * row + t * din + ci; },
             [&](int64_t j) { return taps + (t * kLanes + j) * kLanes; });
     else
       transpose_rows<T>(

@@ -101,11 +101,12 @@ RK_INLINE Vec read(const float* pixel, int64_t ci, IVec index) {
   return X == Access::quads ? spread_quads(load(pixel), (int)ci) : permute(load(pixel), index);
 }
 
-// Hides where a pointer comes from: keeps the compiler from holding what it read for one ci in registers, of which
-// there are none to spare, or on the stack.
-RK_INLINE const float* fresh(const float* p) {
-  asm volatile("" : "+r"(p));
-  return p;
+// Hides where a pointer or a number comes from: keeps the compiler from holding what it read there, or its multiples,
+// in registers, of which there are none to spare, or on the stack.
+template <class T>
+RK_INLINE T fresh(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // A pixel's value for several input channels in turn, kFrom first: read once, then permuted in a register.
