@@ -166,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
         "--min-time",
         type=number(float),
         metavar="MS",
-        help="shortest turn in milliseconds, of as many calls as it takes (20; quick: 8)",
+        help="a turn in milliseconds, of as many calls as it takes (20; quick: 8)",
     )
     how.add_argument(
         "--threads",

@@ -47,7 +47,7 @@ ROUNDS = 1 << 16  # multiply-adds on each chain of registers: half a millisecond
 
 @dataclass(frozen=True)
 class Method:
-    """``rounds`` turns of about ``min_time_ms`` or one call each on ``threads`` CPU threads.
+    """``rounds`` turns of ``min_time_ms`` or so, or of one call, on ``threads`` CPU threads.
 
     A candidate that has taken ``max_time_s`` sits out after ``FEWEST_ROUNDS`` turns.
     """
@@ -85,14 +85,16 @@ def interleaved(runs: Mapping[str, Run], method: Method) -> dict[str, list[float
 
 
 def _calls_of_a_turn(run: Run, clock: Callable[[Run, int], float], method: Method) -> int:
-    """How many last ``min_time_ms``, by a turn of them: one alone, its threads just woken, takes
+    """How many fill ``min_time_ms``, counted in a turn: a lone call, its threads just woken, takes
     several times as long.
     """
     run()
     calls = 1
     for _ in range(2):
         needed = math.ceil(method.min_time_ms * 1e-3 / clock(run, calls))
-        calls = max(calls, min(MOST_CALLS, needed))
+        if needed <= calls:
+            break
+        calls = min(MOST_CALLS, needed)
     return calls
 
 

@@ -198,7 +198,7 @@ bool pack_winograd_block(const ConvProblem& p, const Block& block, int64_t group
   for (int64_t ci = 0; ci < din; ci += kLanes) {
     const int64_t inputs = min(kLanes, din - ci);
     if (p.weight_channels_last)
-      for (int64_t t = 0; t < 9; ++t)
+      for (int64_t t = 0; t < 9; ++t)  // `row` anew: sixteen multiples of it would be spilled
         transpose_rows<T>(
             block.lanes, inputs, [&, row = fresh(row)](int64_t lane) { return first + lane * row + t * din + ci; },
             [&](int64_t j) { return taps + (t * kLanes + j) * kLanes; });
@@ -560,7 +560,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
   constexpr bool narrow_pairs = form == Form::narrow_pairs;
   constexpr bool channel_pairs = narrow_pairs || form == Form::channel_pairs;
   const ConvProblem source = channel_pairs ? in_channel_pairs(p) : p;  // as x is read
-  const Plan plan(source, num_threads, winograd || narrow || narrow_pairs ? 0 : 1, true);
+  const Plan plan(source, num_threads, winograd || narrow || narrow_pairs ? 0 : 1, narrow || narrow_pairs, true);
   const Blocks all_blocks(source.din(), p.dout()), chunk_blocks(source.din(), plan.chunk_outputs);
   const Slots slots(p.din(), p.dout(), plan.chunk_groups);
 
@@ -894,7 +894,7 @@ template <class T, Form form>
 bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const void* x, Affine prologue,
                    const void* weight, void* dx, void* dweight, int num_threads) {
   constexpr bool winograd = form == Form::winograd, narrow = form == Form::narrow;
-  const Plan plan(p, num_threads, winograd || narrow ? 0 : dweight ? 2 : 1);
+  const Plan plan(p, num_threads, winograd || narrow ? 0 : dweight ? 2 : 1, narrow);
   const Blocks forward(p.din(), p.dout()), backward(p.dout(), p.din());
   const Slots x_slots(p.din(), p.dout(), plan.chunk_groups), z_slots(p.dout(), p.din(), plan.chunk_groups);
 

@@ -6,8 +6,8 @@
 //
 //     d0 ... d5  ->  V0 ... V3 of either pair  ->  channel ci in all lanes of its group  ->  m[ky][pair][product]
 //
-// The input is read where it lies or, at the image's edges and where it has to be converted or computed first, from a
-// copy of the tile's window in the first-level cache. The gradients dx and dweight share a copy of e.
+// The input is read where it lies or, where it has to be converted or computed first, and for some tiles at the image's
+// edges, from a copy of the tile's window in the first-level cache. The gradients dx and dweight share a copy of e.
 // Pairs of bfloat16 channels walk down the rows in the same way, but are multiplied as the sum is written.
 #pragma once
 
@@ -23,11 +23,11 @@ namespace resnext_kernels::cpu::RK_ISA {
 
 constexpr int kNarrowPairs = 2;              // of a register tile: 24 accumulators
 constexpr int64_t kNarrowRows = 28;          // of a tile, at most, forward
-constexpr int64_t kNarrowInPlaceRows = 56;   // where the input is read in place and all tensors stay in the cache
+constexpr int64_t kNarrowInPlaceRows = 56;   // where x is read in place and stays in the cache with z
 constexpr int64_t kNarrowBackwardRows = 14;  // backward, where up to three tensors are read
-constexpr int64_t kCachedFloats = 1 << 22;   // 16 MiB, of x and z
+constexpr int64_t kCachedFloats = 1 << 22;   // of both: 16 MiB
 constexpr int64_t kNarrowColumns = 8;        // of a tile: two register tiles, which may share a copy
-// Floats: of a tile, or of one of its register tiles where only those at the image's edges are copied.
+// Floats: of a tile or, where x could be read in place, of one of its register tiles.
 constexpr int64_t kNarrowCopy =
     max((kNarrowRows + 2) * (kNarrowColumns + 2), (kNarrowInPlaceRows + 2) * (2 * kNarrowPairs + 2)) * kLanes;
 
@@ -148,7 +148,7 @@ RK_INLINE NarrowInput input_around(const float* in_place, const Window& tile, in
   if (lanes < kLanes) return copy_input(tile, H, W, C, channel, copy, value(channel, FirstLanes{lanes}));
   const int64_t last = tile.column + round_up(tile.columns, 2);
   const bool left = tile.column == 0, right = last == W;
-  if (in_place && last <= W && !(left && right) && (leaves_out || !(left || right)))
+  if (in_place && last <= W && (leaves_out ? !(left && right) : !(left || right)))
     return {in_place + ((tile.n * H + tile.row - 1) * W + tile.column - 1) * C + channel, W * C, C,
             left    ? Outside::left
             : right ? Outside::right
@@ -251,15 +251,13 @@ void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const floa
   zeros = zero;
 }
 
-template <int kD, int P>
-RK_INLINE auto narrow_tile_for(Outside outside) {
-  return outside == Outside::left    ? narrow_tile<kD, P, Outside::left>
-         : outside == Outside::right ? narrow_tile<kD, P, Outside::right>
-                                     : narrow_tile<kD, P, Outside::none>;
-}
-inline auto narrow_tile_for(int64_t din, int64_t columns, Outside outside) {
-  if (din == 4) return columns > 2 ? narrow_tile_for<4, kNarrowPairs>(outside) : narrow_tile_for<4, 1>(outside);
-  return columns > 2 ? narrow_tile_for<8, kNarrowPairs>(outside) : narrow_tile_for<8, 1>(outside);
+template <int kD>
+RK_INLINE auto narrow_tile_for(int64_t columns, Outside outside) {
+  if (columns <= 2)  // not at the left edge: no map has fewer than four columns
+    return outside == Outside::right ? narrow_tile<kD, 1, Outside::right> : narrow_tile<kD, 1, Outside::none>;
+  return outside == Outside::left    ? narrow_tile<kD, kNarrowPairs, Outside::left>
+         : outside == Outside::right ? narrow_tile<kD, kNarrowPairs, Outside::right>
+                                     : narrow_tile<kD, kNarrowPairs, Outside::none>;
 }
 
 // run(register tile, edges, its results) for a block's register tiles of `columns` columns; `sink` as of UnitPass.
@@ -287,8 +285,8 @@ RK_INLINE void run_narrow(int64_t din, const Window& tile, int64_t H, int64_t b,
                      [&](const Window& part, Edges edges, const TileOut& to) RK_INLINE_LAMBDA {
                        const NarrowInput input = input_of(part);
                        ahead.begin_walk();
-                       narrow_tile_for(din, part.columns, input.outside)(input, part.rows, edges, weight, to, zeros,
-                                                                         ahead);
+                       const auto run = din == 4 ? narrow_tile_for<4> : narrow_tile_for<8>;
+                       run(part.columns, input.outside)(input, part.rows, edges, weight, to, zeros, ahead);
                      });
 }
 

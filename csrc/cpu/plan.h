@@ -21,7 +21,7 @@ constexpr int64_t kChunkWeights = 2048;        // but channels * channels per gr
 constexpr int64_t kPartWeights = 64 * 1024;    // of one group's weights, if it is cut: 3 MiB with Winograd's products
 constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
 constexpr int64_t kBandColumns = 64;           // of a unit, at most
-constexpr int64_t kFewestRows = 4, kFewestColumns = 8;  // of a unit that is cut for the sake of the threads
+constexpr int64_t kFewestRows = 4, kFewestColumns = 8;  // of a unit
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -90,8 +90,10 @@ struct Plan {
   int64_t splits;  // runs of units: the items of one chunk
 
   // `staged`: how many windows of a unit are in scratch memory at a time; 0: none, a unit can have any number of rows.
+  // `cut_columns`: tiles walk down the rows of a unit. Behind what they load and store the machine's prefetchers go on
+  // for ten rows and more and take them away from another thread that writes there: better one that is beside it.
   // `cut_groups`: a chunk may be part of a wide group's output channels, so that no thread packs all its weights.
-  Plan(const ConvProblem& p, int num_threads, int staged, bool cut_groups = false) {
+  Plan(const ConvProblem& p, int num_threads, int staged, bool cut_columns, bool cut_groups = false) {
     const int64_t width = max(p.din(), p.dout());
     const int64_t step = Blocks(p.din(), p.dout()).groups_per_block;
     chunk_groups = min(p.groups, round_up(max(1, min(kChunkChannels, kChunkWeights / width) / width), step));
@@ -101,13 +103,10 @@ struct Plan {
     parts = ceil_div(p.dout(), chunk_outputs);
     chunks = ceil_div(p.groups, chunk_groups) * parts;
 
-    // The units that leave the busiest thread least to do, where each costs one row more than it has. Those of any
-    // number of rows are cut into columns too, which is better between threads: behind loads and stores that walk down
-    // the rows the machine's prefetchers go on for ten rows and more, and take them away from whoever writes there.
+    // The units that leave the busiest thread least to do, where each costs one row more than it has.
     const int64_t out_h = p.out_h(), out_w = p.out_w();
     int64_t least = INT64_MAX;
-    for (int64_t across = ceil_div(out_w, kBandColumns);; ++across) {
-      const int64_t wide = round_up(ceil_div(out_w, across), staged == 0 ? 4 : 2);
+    for (int64_t wide = round_up(ceil_div(out_w, ceil_div(out_w, kBandColumns)), 2);; wide = (wide - 1) / 4 * 4) {
       const int64_t row_floats = (wide * p.stride + 2 * p.dilation) * staged_pixel(chunk_groups * width);
       const int64_t fit = staged == 0 ? out_h : (kScratchFloats / staged / row_floats - 2 * p.dilation) / p.stride;
       for (int64_t down = ceil_div(out_h, max(kFewestRows, fit));; ++down) {
@@ -117,7 +116,7 @@ struct Plan {
         if (work < least) least = work, rows = high, columns = wide;
         if (high <= kFewestRows) break;
       }
-      if (staged != 0 || wide <= kFewestColumns) break;
+      if (!cut_columns || wide <= kFewestColumns) break;
     }
     row_bands = ceil_div(out_h, rows);
     column_bands = ceil_div(out_w, columns);

@@ -101,8 +101,8 @@ RK_INLINE Vec read(const float* pixel, int64_t ci, IVec index) {
   return X == Access::quads ? spread_quads(load(pixel), (int)ci) : permute(load(pixel), index);
 }
 
-// Hides where a pointer or a number comes from: keeps the compiler from holding what it read there, or its multiples,
-// in registers, of which there are none to spare, or on the stack.
+// Hides where a value comes from, so that what follows from it is computed or loaded anew: the compiler would rather
+// hold it in registers, of which there are none to spare, or on the stack.
 template <class T>
 RK_INLINE T fresh(T value) {
   asm volatile("" : "+r"(value));
