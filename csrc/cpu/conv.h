@@ -623,8 +623,8 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
                 for (int64_t b = 0; b < blocks.count(groups); ++b) {
                   const Block block = blocks.block(b, groups);
                   const auto input_of = [&](const Window& part) RK_INLINE_LAMBDA {
-                    return input_around(in_place, part, p.H, p.W, p.C, channel + block.in, block.lanes, staged, true,
-                                        value);
+                    return input_around(in_place, part, p.H, p.W, p.C, channel + block.in, block.lanes, staged, value,
+                                        true);
                   };
                   run_narrow(p.din(), tile, p.H, b, block, packed, input_of, zeros, ahead, sink);
                 }
@@ -642,7 +642,7 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
                   return [=](int64_t at) RK_INLINE_LAMBDA { return load_partial(pairs + at, block.lanes / 2); };
                 };
                 const NarrowInput input = input_around(block.lanes == kLanes ? pairs : nullptr, tile, p.H, p.W,
-                                                       source.C, channel + block.in, kLanes, staged, false, value);
+                                                       source.C, channel + block.in, kLanes, staged, value);
                 const float* const block_weight = packed + b * 9 * blocks.din * kLanes;
                 for_register_tiles(tile, kNarrowColumns, p.H, b, block, sink,
                                    [&](const Window& part, Edges edges, const TileOut& to) RK_INLINE_LAMBDA {
@@ -975,14 +975,13 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
                     const Block block = backward.block(b, groups);
                     const int64_t z = z_channel + block.in, c = x_channel + block.out;
                     const NarrowInput e =
-                        input_around(nullptr, tile, p.H, p.W, p.K, z, block.lanes, z_staged, false, gradient_at);
+                        input_around(nullptr, tile, p.H, p.W, p.K, z, block.lanes, z_staged, gradient_at);
                     const auto part_of_e = [&](const Window& part) RK_INLINE_LAMBDA {
                       return NarrowInput{e.data + (part.column - tile.column) * e.pixel, e.row, e.pixel};
                     };
                     if (dx) run_narrow(p.din(), tile, p.H, b, block, packed, part_of_e, zeros, dz_ahead, sink);
                     if (!dweight) continue;
-                    const NarrowInput a =
-                        input_around(in_place, tile, p.H, p.W, p.C, c, block.lanes, x_staged, false, value);
+                    const NarrowInput a = input_around(in_place, tile, p.H, p.W, p.C, c, block.lanes, x_staged, value);
                     const auto run = p.din() == 4 ? narrow_weight_tile<4> : narrow_weight_tile<8>;
                     x_ahead.begin_walk();
                     if (!dx) dz_ahead.begin_walk();

@@ -144,7 +144,7 @@ RK_INLINE NarrowInput copy_input(const Window& tile, int64_t H, int64_t W, int64
 // not read a column outside.
 template <class F>
 RK_INLINE NarrowInput input_around(const float* in_place, const Window& tile, int64_t H, int64_t W, int64_t C,
-                                   int64_t channel, int lanes, float* copy, bool leaves_out, F&& value) {
+                                   int64_t channel, int lanes, float* copy, F&& value, bool leaves_out = false) {
   if (lanes < kLanes) return copy_input(tile, H, W, C, channel, copy, value(channel, FirstLanes{lanes}));
   const int64_t last = tile.column + round_up(tile.columns, 2);
   const bool left = tile.column == 0, right = last == W;
