@@ -601,7 +601,9 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
           sink.m2s = m2s + split * p.K + out_channel;
           for (int64_t k = 0; k < groups * blocks.dout; ++k) sink.means[k] = sink.m2s[k] = 0;
         }
-        sink.past_cache = streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), all_blocks, p.groups);
+        // With its statistics z is about to be normalized. Other forms wait too long for the lines they write.
+        const bool stays = narrow && mean && p.N * p.H * p.W * p.K <= kCachedFloats;
+        sink.past_cache = !stays && streams_tiles((const T*)out, p.N * p.out_h() * p.out_w(), all_blocks, p.groups);
         bool item_finite = true;
         if (new_chunk && (winograd || narrow))
           item_finite = pack_winograd_weight(p, blocks, access_of(blocks, winograd), false, group, groups, weights,

@@ -25,7 +25,7 @@ constexpr int kNarrowPairs = 2;              // of a register tile: 24 accumulat
 constexpr int64_t kNarrowRows = 28;          // of a tile, at most, forward
 constexpr int64_t kNarrowInPlaceRows = 56;   // where x is read in place and stays in the cache with z
 constexpr int64_t kNarrowBackwardRows = 14;  // backward, where up to three tensors are read
-constexpr int64_t kCachedFloats = 1 << 22;   // of both: 16 MiB
+constexpr int64_t kCachedFloats = 1 << 22;   // 16 MiB
 constexpr int64_t kNarrowColumns = 8;        // of a tile: two register tiles, which may share a copy
 // Floats: of a tile or, where x could be read in place, of one of its register tiles.
 constexpr int64_t kNarrowCopy =
