@@ -123,6 +123,10 @@ void bn_vectors(int64_t C, Pointer gamma, Pointer beta, Pointer mean, Pointer va
   cpu::kernels().bn_vectors(C, {vec(gamma), vec(beta), vec(mean), vec(var), eps}, unbias, out_vec(vectors));
 }
 
+void update_running(int64_t C, Pointer vectors, double momentum, Pointer mean, Pointer var) {
+  cpu::kernels().update_running(C, vec(vectors), momentum, out_vec(mean), out_vec(var));
+}
+
 void bn_gradient_vectors(int64_t C, Pointer sum_g, Pointer sum_g_xhat, Pointer vectors, float count, Pointer b,
                          Pointer c) {
   cpu::kernels().bn_gradient_vectors(C, vec(sum_g), vec(sum_g_xhat), vec(vectors), count, out_vec(b), out_vec(c));
@@ -165,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_relu_input_gradient", &bn_relu_input_gradient, nogil);
   m.def("bn_affine", &bn_affine);  // a microsecond each: not worth giving the GIL away
   m.def("bn_vectors", &bn_vectors);
+  m.def("update_running", &update_running);
   m.def("bn_gradient_vectors", &bn_gradient_vectors);
   m.def("multiply_adds", &multiply_adds, nogil, py::arg("rounds"), py::arg("num_threads"),
         "Multiply-adds on registers alone, on the best instruction set; returns the operations made.");

@@ -230,7 +230,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 def _update_running(*batches: tuple[BatchNormState | None, Tensor, int]) -> None:
     """running = (1 - momentum) * running + momentum * batch, for (bn, vectors, values a channel).
 
-    Those of one momentum go together: two kernels on a GPU for all of a block.
+    On a GPU those of one momentum go together: two kernels for all of a block.
     """
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for bn, vectors, count in batches:
@@ -239,15 +239,18 @@ def _update_running(*batches: tuple[BatchNormState | None, Tensor, int]) -> None
         if count == 0 and not bn.group:
             continue
         assert bn.running_var is not None
-        running, batch = (bn.running_mean, bn.running_var), (vectors[0], vectors[1])
-        if isinstance(bn.momentum, Tensor) or any(t.dtype != vectors.dtype for t in running):
-            for old, new in zip(running, batch, strict=True):
-                old.copy_(old.to(new.dtype) * (1 - bn.momentum) + new * bn.momentum)
+        momentum, running = bn.momentum, (bn.running_mean, bn.running_var)
+        if not isinstance(momentum, Tensor) and ops.update_running(vectors, *running, momentum):
             continue
-        olds, news = together.setdefault(bn.momentum, ([], []))
+        batch = vectors[0], vectors[1]
+        if isinstance(momentum, Tensor) or any(t.dtype != vectors.dtype for t in running):
+            for old, new in zip(running, batch, strict=True):
+                old.copy_(old.to(new.dtype) * (1 - momentum) + new * momentum)
+            continue
+        olds, news = together.setdefault(momentum, ([], []))
         if any(old is running[0] or old is running[1] for old in olds):  # a BatchNorm used twice
-            _mix(olds, news, bn.momentum)
-            olds, news = together[bn.momentum] = [], []
+            _mix(olds, news, momentum)
+            olds, news = together[momentum] = [], []
         olds += running
         news += batch
     for momentum, (olds, news) in together.items():

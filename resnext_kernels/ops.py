@@ -43,7 +43,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends
-from .backends import reference
+from .backends import cpu, reference
 from .backends.reference import TrainingBatchNorm
 from .problem import weight_format
 
@@ -64,6 +64,7 @@ __all__ = [
     "conv_bn_relu",
     "conv_bn_relu_backward",
     "conv_bn_relu_eval",
+    "update_running",
 ]
 
 _NAMESPACE = "resnext_kernels"
@@ -346,6 +347,15 @@ def _bn_vectors(
     vectors = kernels.bn_vectors(gamma, beta, mean, var, eps, 1.0)
     vectors[1].mul_(total / (total - 1))
     return vectors
+
+
+def update_running(vectors: Tensor, mean: Tensor, var: Tensor, momentum: float) -> bool:
+    """Update running statistics with those of a batch in one call; False where it takes ATen."""
+    return (
+        not torch.compiler.is_compiling()
+        and _is_ordinary((vectors, mean, var))
+        and cpu.update_running(vectors, mean, var, momentum)
+    )
 
 
 def _affine(vectors: Tensor) -> tuple[Tensor, Tensor]:

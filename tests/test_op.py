@@ -462,6 +462,41 @@ def test_momentum(case: Case, momentum: float, target: Target) -> None:
     check(case, target, inputs, training=True, gradients=False, momentum=momentum)
 
 
+def test_running_statistics_change_in_place(target: Target) -> None:
+    """As by ATen: autograd knows, as do views, and a leaf that requires a gradient is refused."""
+    case = FEW[0]
+    target.require(case)
+    inputs = make_inputs(case, target.dtype, target.device)
+
+    def op(mean: torch.Tensor, var: torch.Tensor) -> None:
+        operands = inputs.x, inputs.weight, inputs.gamma, inputs.beta, mean, var
+        grouped_conv_bn_relu(*operands, training=True, backend=target.backend, **case.conv)
+
+    mean, var = inputs.running_mean.clone(), inputs.running_var.clone()
+    rows = torch.stack((mean, var))
+    factor = torch.ones_like(mean).requires_grad_()
+    stale = [(factor * t).sum() for t in (mean, var)]
+    version = mean._version, var._version, rows._version
+    op(mean, var)
+    op(*rows)
+    assert torch.equal(rows, torch.stack((mean, var)))
+    assert not torch.equal(mean, inputs.running_mean)
+    assert not torch.equal(var, inputs.running_var)
+    assert all(t._version > v for t, v in zip((mean, var, rows), version, strict=True))
+    for result in stale:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+
+    with torch.inference_mode():
+        of_inference = inputs.running_mean.clone(), inputs.running_var.clone()
+        op(*of_inference)
+        assert torch.equal(torch.stack(of_inference), rows)
+
+    leaf = inputs.running_mean.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        op(leaf, var)
+
+
 @MODES
 def test_without_affine_or_running_statistics(mode: str, target: Target) -> None:
     case = FEW[0]

@@ -90,6 +90,9 @@ struct Kernels {
   // bn.mean and bn.var may be the first two rows of `vectors`
   void (*bn_vectors)(int64_t C, const BatchNorm& bn, float unbias, float* vectors);
 
+  // running = (1 - momentum) * running + momentum * batch, from the first two rows of the (5, C) of bn_vectors
+  void (*update_running)(int64_t C, const float* vectors, double momentum, float* mean, float* var);
+
   // b and c of dz = scale * g + b * z + c from the sums over `count` values and the (5, C) of bn_vectors
   void (*bn_gradient_vectors)(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors, float count,
                               float* b, float* c);

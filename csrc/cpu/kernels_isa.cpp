@@ -109,6 +109,7 @@ constexpr Kernels table_of(const char* isa, bool (*supported)()) {
       bn_relu_input_gradient_any,
       bn_affine,
       bn_vectors,
+      update_running,
       bn_gradient_vectors,
       multiply_adds,
   };

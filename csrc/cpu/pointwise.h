@@ -316,6 +316,13 @@ inline void bn_vectors(int64_t C, const BatchNorm& bn, float unbias, float* vect
   }
 }
 
+inline void update_running(int64_t C, const float* vectors, double momentum, float* mean, float* var) {
+  const float keep = (float)(1 - momentum), take = (float)momentum;
+  const float *batch_mean = vectors, *batch_var = vectors + C;
+  for (int64_t c = 0; c < C; ++c) mean[c] = keep * mean[c] + take * batch_mean[c];
+  for (int64_t c = 0; c < C; ++c) var[c] = keep * var[c] + take * batch_var[c];
+}
+
 // dz = scale * (g - sum_g / M - xhat * sum_g_xhat / M)
 inline void bn_gradient_vectors(int64_t C, const float* sum_g, const float* sum_g_xhat, const float* vectors,
                                 float count, float* b, float* c) {

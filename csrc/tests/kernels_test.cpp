@@ -937,6 +937,7 @@ void test_vectors(int64_t C) {
   vector<double> var = uniform(DType::f32, C);
   for (double& value : var) value = std::abs(value);
   const float eps = 1e-3f, unbias = 1.125f, count = 98;
+  const double momentum = 0.3;
   Tensor gamma_tensor(DType::f32, gamma), beta_tensor(DType::f32, beta), mean_tensor(DType::f32, mean),
       var_tensor(DType::f32, var), sum_g_tensor(DType::f32, sum_g), sum_g_xhat_tensor(DType::f32, sum_g_xhat);
   Tensor scale(DType::f32, C), shift(DType::f32, C), vectors(DType::f32, 5 * C), b(DType::f32, C), c(DType::f32, C);
@@ -944,7 +945,8 @@ void test_vectors(int64_t C) {
   for (const bool affine : {true, false}) {
     const cpu::BatchNorm bn{affine ? gamma_tensor.floats() : nullptr, affine ? beta_tensor.floats() : nullptr,
                             mean_tensor.floats(), var_tensor.floats(), eps};
-    Expected expected(5 * C), expected_scale(C), expected_shift(C), expected_b(C), expected_c(C);
+    Expected expected(5 * C), expected_scale(C), expected_shift(C), expected_b(C), expected_c(C),
+        expected_running_mean(C), expected_running_var(C);
     // error: in roundings of the terms, besides the last one; sqrt halves the one of its argument
     const auto expect = [](Expected& to, int64_t i, double value, double error) {
       to.value[i] = value;
@@ -961,6 +963,10 @@ void test_vectors(int64_t C) {
       expect(expected, 2 * C + i, rstd, 1.5 * rstd);
       expect(expected, 3 * C + i, scale_i, 2.5 * std::fabs(scale_i));
       expect(expected, 4 * C + i, expected_shift.value[i], 4.5 * std::fabs(by_mean));
+      const double old_mean = (1 - momentum) * sum_g[i], old_var = (1 - momentum) * sum_g_xhat[i];
+      const double new_mean = momentum * mean[i], new_var = momentum * unbias * var[i];
+      expect(expected_running_mean, i, old_mean + new_mean, 2 * (std::fabs(old_mean) + std::fabs(new_mean)));
+      expect(expected_running_var, i, old_var + new_var, 3 * (std::fabs(old_var) + std::fabs(new_var)));
       expect(expected_b, i, b_i, 8 * std::fabs(b_i));
       expect(expected_c, i, of_sum - b_i * mean[i], 5.5 * std::fabs(of_sum) + 10 * std::fabs(b_i * mean[i]));
     }
@@ -979,12 +985,18 @@ void test_vectors(int64_t C) {
       in_place.mean = vectors.floats(), in_place.var = vectors.floats() + C;
       (*table)->bn_vectors(C, in_place, unbias, vectors.floats());
       check(name + " in place", vectors, expected);
+      Tensor running_mean(DType::f32, C), running_var(DType::f32, C);
+      std::copy_n(sum_g_tensor.floats(), C, running_mean.floats());
+      std::copy_n(sum_g_xhat_tensor.floats(), C, running_var.floats());
+      (*table)->update_running(C, vectors.floats(), momentum, running_mean.floats(), running_var.floats());
+      check(name + " running mean", running_mean, expected_running_mean);
+      check(name + " running var", running_var, expected_running_var);
       (*table)->bn_gradient_vectors(C, sum_g_tensor.floats(), sum_g_xhat_tensor.floats(), vectors.floats(), count,
                                     b.floats(), c.floats());
       check(name + " b", b, expected_b);
       check(name + " c", c, expected_c);
       check_intact(name, {&gamma_tensor, &beta_tensor, &mean_tensor, &var_tensor, &sum_g_tensor, &sum_g_xhat_tensor,
-                          &scale, &shift, &vectors, &b, &c});
+                          &scale, &shift, &vectors, &b, &c, &running_mean, &running_var});
     }
   }
 }

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..problem import ConvProblem
 from . import reference
@@ -601,3 +602,19 @@ def bn_vectors(
         vectors.data_ptr(),
     )
     return vectors
+
+
+def update_running(vectors: Tensor, mean: Tensor, var: Tensor, momentum: float) -> bool:
+    """running = (1 - momentum) * running + momentum * batch, in place, as ATen would leave them.
+
+    False, with nothing done, for tensors that are not for the compiled library.
+    """
+    if _MISSING is not None or not vectors.is_cpu:
+        return False
+    for t in (vectors, mean, var):
+        if t.dtype is not torch.float32 or t.requires_grad or not t.is_contiguous():
+            return False
+    _C.update_running(mean.shape[0], vectors.data_ptr(), momentum, mean.data_ptr(), var.data_ptr())
+    increment_version(mean)
+    increment_version(var)
+    return True
