@@ -473,17 +473,10 @@ struct BlockStatistics {
 
 constexpr int64_t kStatisticsFloats = sizeof(BlockStatistics) / sizeof(float);
 
-// Into the memory for a tile's values, where rows are as long as tiles can be.
-RK_INLINE void put_in_values(TileOut& tile, float* values, int64_t count) {
-  tile.out = values;
-  tile.stride = kLanes;
-  tile.count = count;
-  tile.row_stride = kTileColumns * kLanes;
-}
-
 // Where a thread's tiles of one item go: to memory, and into the statistics [split][K] if there are any.
 template <class T>
 struct ForwardSink {
+  using Stored = T;
   const ConvProblem& p;
   const Epilogue& epilogue;
   T* out;
@@ -497,15 +490,17 @@ struct ForwardSink {
   RK_INLINE int64_t at(const Block& block, int64_t row, int64_t column) const {
     return ((window.n * p.out_h() + row) * p.out_w() + column) * p.K + first_channel + block.out;
   }
-  RK_INLINE void target(TileOut& tile, const Block& block, int64_t row, int64_t rows, int64_t column, int64_t,
+  template <class U>
+  RK_INLINE void target(TileOutOf<U>& tile, const Block& block, int64_t row, int64_t rows, int64_t column, int64_t,
                         int64_t count, float* values) const {
     T* const to = out + at(block, row, column);
     const int64_t row_stride = p.out_w() * p.K;
     if (!past_cache && rows == 1 && row + 1 < p.out_h()) prefetch_pixels(to + row_stride, p.K, count, block);
-    put_in_values(tile, values, count);
-    if constexpr (std::is_same<T, float>::value) {
-      if (block.lanes == kLanes) {
-        if (means) tile.copy = values;
+    const bool direct = std::is_same<T, U>::value && block.lanes == kLanes;
+    tile.count = count;
+    if (!direct || means) tile.values = values;
+    if constexpr (std::is_same<T, U>::value) {
+      if (direct) {
         tile.out = to;
         tile.stride = p.K;
         tile.row_stride = row_stride;
@@ -513,17 +508,18 @@ struct ForwardSink {
         if (epilogue.affine.scale) {
           tile.scale = epilogue.affine.scale + first_channel + block.out;
           tile.shift = epilogue.affine.shift + first_channel + block.out;
-          if (epilogue.residual) tile.residual = (const float*)epilogue.residual + at(block, row, column);
+          if (epilogue.residual) tile.residual = (const T*)epilogue.residual + at(block, row, column);
         }
       }
     }
   }
+  template <class U>
   RK_INLINE void finish(int64_t b, const Block& block, int64_t first_row, int64_t rows, int64_t column, int64_t,
-                        const TileOut& tile) const {
+                        const TileOutOf<U>& tile) const {
     const int64_t channel = first_channel + block.out;
-    if (tile.out != (const float*)(out + at(block, first_row, column))) {
+    if (!tile.out) {
       for (int64_t r = 0; r < rows; ++r) {
-        const float* const values = tile.out + r * tile.row_stride;
+        const float* const values = tile.values + r * kTileColumns * kLanes;
         const int64_t offset = at(block, first_row + r, column);
         const T* const add = epilogue.residual ? (const T*)epilogue.residual + offset : nullptr;
         if (block.lanes == kLanes)
@@ -534,8 +530,7 @@ struct ForwardSink {
       }
     }
     if (!means) return;
-    statistics[b].add(tile.copy ? tile.copy : tile.out, rows, tile.count,
-                      first_row == window.row && column == window.column);
+    statistics[b].add(tile.values, rows, tile.count, first_row == window.row && column == window.column);
     if (first_row + rows == window.row + window.rows && column + tile.count == window.column + window.columns)
       statistics[b].merge_into(pixels, block.lanes, means + block.out, m2s + block.out);
   }
@@ -647,12 +642,10 @@ bool conv_forward(const ConvProblem& p, const void* x, const void* weight, Affin
                                                        source.C, channel + block.in, kLanes, staged, value);
                 const float* const block_weight = packed + b * 9 * blocks.din * kLanes;
                 for_register_tiles(tile, kNarrowColumns, p.H, b, block, sink,
-                                   [&](const Window& part, Edges edges, const TileOut& to) RK_INLINE_LAMBDA {
-                                     const auto run = part.columns > kNarrowColumns / 2
-                                                          ? narrow_pair_tile<kNarrowColumns>
-                                                          : narrow_pair_tile<kNarrowColumns / 2>;
+                                   [&](const Window& part, Edges edges, const TileOutOf<T>& to) RK_INLINE_LAMBDA {
                                      ahead.begin_walk();
-                                     run(input, part.rows, edges, source.din(), block_weight, index, to, ahead);
+                                     const auto run = narrow_pair_tile_for<T>(source.din(), part.columns);
+                                     run(input, part.rows, edges, block_weight, index, to, ahead);
                                    });
               }
             });
@@ -853,6 +846,7 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, Access ac
 // ---- backward: dx and dweight in one pass over dz
 template <class T>
 struct InputGradientSink {
+  using Stored = T;
   const ConvProblem& p;
   T* dx;
   int64_t first_channel;
@@ -862,27 +856,31 @@ struct InputGradientSink {
   RK_INLINE T* at(const Block& block, int64_t row, int64_t column) const {
     return dx + ((window.n * p.H + row) * p.W + column) * p.C + first_channel + block.out;
   }
-  RK_INLINE void target(TileOut& tile, const Block& block, int64_t row, int64_t rows, int64_t column, int64_t step,
+  template <class U>
+  RK_INLINE void target(TileOutOf<U>& tile, const Block& block, int64_t row, int64_t rows, int64_t column, int64_t step,
                         int64_t count, float* values) const {
     T* const to = at(block, row, column);
     const int64_t row_stride = p.W * p.C;
     if (!past_cache && rows == 1 && row + 1 < p.H) prefetch_pixels(to + row_stride, step * p.C, count, block);
-    put_in_values(tile, values, count);
-    if constexpr (std::is_same<T, float>::value) {
+    tile.count = count;
+    if constexpr (std::is_same<T, U>::value) {
       if (block.lanes == kLanes) {
         tile.out = to;
         tile.stride = step * p.C;
         tile.row_stride = row_stride;
         tile.past_cache = past_cache;
+        return;
       }
     }
+    tile.values = values;
   }
+  template <class U>
   RK_INLINE void finish(int64_t, const Block& block, int64_t first_row, int64_t rows, int64_t column, int64_t step,
-                        const TileOut& tile) const {
+                        const TileOutOf<U>& tile) const {
+    if (tile.out) return;
     for (int64_t r = 0; r < rows; ++r) {
       T* const dx_at = at(block, first_row + r, column);
-      const float* const values = tile.out + r * tile.row_stride;
-      if ((void*)values == (void*)dx_at) return;
+      const float* const values = tile.values + r * kTileColumns * kLanes;
       if (block.lanes == kLanes)
         write_pixels<T>({}, dx_at, nullptr, 0, step * p.C, tile.count, values, AllLanes{}, past_cache);
       else

@@ -218,8 +218,8 @@ RK_INLINE void add_narrow_row(Vec (&m)[3][P][4], const float* input, int64_t pix
 
 // Two pairs or, at the right end, one. `zeros` stays zero as long as all results are finite, which they are only if V
 // and U are, and those of a row do not overflow when they are added.
-template <int kD, int P, Outside kOutside>
-void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const float* weight, const TileOut& to,
+template <class T, int kD, int P, Outside kOutside>
+void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const float* weight, const TileOutOf<T>& to,
                  Vec& zeros, RowsAhead& ahead) {
   Vec m[3][P][4] = {};  // of the output rows r, r - 1, r - 2
   Vec zero = zeros;
@@ -251,13 +251,13 @@ void narrow_tile(const NarrowInput& input, int64_t rows, Edges edges, const floa
   zeros = zero;
 }
 
-template <int kD>
+template <class T, int kD>
 RK_INLINE auto narrow_tile_for(int64_t columns, Outside outside) {
   if (columns <= 2)  // not at the left edge: no map has fewer than four columns
-    return outside == Outside::right ? narrow_tile<kD, 1, Outside::right> : narrow_tile<kD, 1, Outside::none>;
-  return outside == Outside::left    ? narrow_tile<kD, kNarrowPairs, Outside::left>
-         : outside == Outside::right ? narrow_tile<kD, kNarrowPairs, Outside::right>
-                                     : narrow_tile<kD, kNarrowPairs, Outside::none>;
+    return outside == Outside::right ? narrow_tile<T, kD, 1, Outside::right> : narrow_tile<T, kD, 1, Outside::none>;
+  return outside == Outside::left    ? narrow_tile<T, kD, kNarrowPairs, Outside::left>
+         : outside == Outside::right ? narrow_tile<T, kD, kNarrowPairs, Outside::right>
+                                     : narrow_tile<T, kD, kNarrowPairs, Outside::none>;
 }
 
 // run(register tile, edges, its results) for a block's register tiles of `columns` columns; `sink` as of UnitPass.
@@ -269,7 +269,7 @@ RK_INLINE void for_register_tiles(const Window& tile, int64_t columns, int64_t H
   Window part = tile;
   for (const int64_t end = tile.column + tile.columns; part.column < end; part.column += part.columns) {
     part.columns = min(columns, end - part.column);
-    TileOut to;
+    TileOutOf<typename S::Stored> to;
     sink.target(to, block, part.row, part.rows, part.column, 1, part.columns, values);
     run(part, edges, to);
     sink.finish(b, block, part.row, part.rows, part.column, 1, to);
@@ -280,27 +280,28 @@ RK_INLINE void for_register_tiles(const Window& tile, int64_t columns, int64_t H
 template <class F, class S>
 RK_INLINE void run_narrow(int64_t din, const Window& tile, int64_t H, int64_t b, const Block& block,
                           const float* packed, F&& input_of, Vec& zeros, RowsAhead& ahead, const S& sink) {
+  using T = typename S::Stored;
   const float* const weight = packed + b * 3 * din * kPairFloats;
   for_register_tiles(tile, 2 * kNarrowPairs, H, b, block, sink,
-                     [&](const Window& part, Edges edges, const TileOut& to) RK_INLINE_LAMBDA {
+                     [&](const Window& part, Edges edges, const TileOutOf<T>& to) RK_INLINE_LAMBDA {
                        const NarrowInput input = input_of(part);
                        ahead.begin_walk();
-                       const auto run = din == 4 ? narrow_tile_for<4> : narrow_tile_for<8>;
+                       const auto run = din == 4 ? narrow_tile_for<T, 4> : narrow_tile_for<T, 8>;
                        run(part.columns, input.outside)(input, part.rows, edges, weight, to, zeros, ahead);
                      });
 }
 
 // ---- pairs of bfloat16 channels, as the sum is written: two lanes of input for a group's four outputs
 // What an input row adds to m[ky], the output rows that it meets with its taps kFirst ... kLast.
-template <int kFirst, int kLast, int A>
-RK_INLINE void add_pair_row(Vec (&m)[3][A], const float* input, int64_t pixel, int64_t inputs, const float* weight,
-                            const IVec* index) {
-  for (int64_t pair = 0; pair < inputs; ++pair, weight += 9 * kLanes) {
+template <int kInputs, int kFirst, int kLast, int A>
+RK_INLINE void add_pair_row(Vec (&m)[3][A], const float* input, int64_t pixel, const float* weight, const IVec* index) {
+#pragma GCC unroll 4
+  for (int pair = 0; pair < kInputs; ++pair, weight += 9 * kLanes) {
     const IVec lanes = index[pair];
     const float* d = fresh(input);
 #pragma GCC unroll 16
     for (int q = 0; q < A + 2; ++q, d += pixel) {
-      const Vec value = permute(load_partial(d, kLanes / 2), lanes);
+      const Vec value = permute(load_half(d), lanes);
 #pragma GCC unroll 3
       for (int kx = 0; kx < 3; ++kx) {
         if (q < kx || q - kx >= A) continue;
@@ -312,22 +313,29 @@ RK_INLINE void add_pair_row(Vec (&m)[3][A], const float* input, int64_t pixel, i
   }
 }
 
-template <int A>
-void narrow_pair_tile(const NarrowInput& input, int64_t rows, Edges edges, int64_t inputs, const float* weight,
-                      const IVec* index, const TileOut& to, RowsAhead& ahead) {
+template <class T, int kInputs, int A>
+void narrow_pair_tile(const NarrowInput& input, int64_t rows, Edges edges, const float* weight, const IVec* index,
+                      const TileOutOf<T>& to, RowsAhead& ahead) {
   Vec m[3][A] = {};  // of the output rows r, r - 1, r - 2
   const float* d = input.data;
   const auto add = [&](auto first, auto last) RK_INLINE_LAMBDA {
-    add_pair_row<first.value, last.value>(m, d, input.pixel, inputs, weight, index);
+    add_pair_row<kInputs, first.value, last.value>(m, d, input.pixel, weight, index);
   };
   const auto next = [&](int64_t row) RK_INLINE_LAMBDA {
-    if (row >= 0) emit(to, m[2], row);
+    if (row >= 0) emit<kNarrowColumns / 2 - 1>(to, m[2], row);
 #pragma GCC unroll 16
     for (int i = 0; i < A; ++i) m[2][i] = m[1][i], m[1][i] = m[0][i], m[0][i] = Vec{};
     d += input.row;
     ahead.fetch();
   };
   walk_down(rows, edges, add, next);
+}
+
+template <class T>
+RK_INLINE auto narrow_pair_tile_for(int64_t inputs, int64_t columns) {
+  if (columns <= kNarrowColumns / 2)
+    return inputs == 2 ? narrow_pair_tile<T, 2, kNarrowColumns / 2> : narrow_pair_tile<T, 4, kNarrowColumns / 2>;
+  return inputs == 2 ? narrow_pair_tile<T, 2, kNarrowColumns> : narrow_pair_tile<T, 4, kNarrowColumns>;
 }
 
 // ---- dweight, packed as [block][ky][ci][M0 M1 M2 M3][lane]

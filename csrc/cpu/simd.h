@@ -193,6 +193,15 @@ RK_INLINE void store_partial(float* p, Vec v, int n) {
 }
 #endif
 
+// The lower half of the lanes; the upper ones load as zero.
+RK_INLINE Vec load_half(const float* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_zextps256_ps512(_mm256_loadu_ps(p));
+#else
+  return load_partial(p, kLanes / 2);
+#endif
+}
+
 // Holds v in a register, so that what is made of it several times is not loaded several times.
 RK_INLINE Vec in_register(Vec v) {
 #if defined(__x86_64__)

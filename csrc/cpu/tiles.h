@@ -45,48 +45,51 @@ constexpr int accumulator(int q, int kx) {
 // Where the A values of a tile go: pixel i < count to out + i * stride, as they are or, with a scale, as
 // relu(scale * value + shift [+ residual]); without one, residual is added alone. Row r of a tile of several rows is
 // row_stride * r further.
-struct TileOut {
-  float* out = nullptr;
+template <class T>
+struct TileOutOf {
+  T* out = nullptr;  // null: only `values`
   int64_t stride = 0, count = 0;
   const float* scale = nullptr;
   const float* shift = nullptr;
-  const float* residual = nullptr;
+  const T* residual = nullptr;
   bool past_cache = false;
   int64_t row_stride = 0;
-  float* copy = nullptr;  // where the values go besides, for who reads them again: [row][kTileColumns][lane]
+  float* values = nullptr;  // where they go as they are, for who reads them again: [row][kTileColumns][lane]
 };
+using TileOut = TileOutOf<float>;
 
-template <int A, class F>
-RK_INLINE void emit_each(const TileOut& to, float* out, F&& value) {
-  const int n = (int)(A - (to.count < A));  // a tile of whole pairs may have one value too many
+// At most kSpare of the A values are not written: a tile of whole pairs may have one too many.
+template <int kSpare, int A, class T, class F>
+RK_INLINE void emit_each(const TileOutOf<T>& to, T* out, F&& value) {
+  const int n = (int)(to.count < A ? to.count : A);
   if (to.past_cache) {
 #pragma GCC unroll 64
     for (int i = 0; i < A; ++i)
-      if (i < A - 1 || n == A) stream(out + i * to.stride, value(i));
+      if (i < A - kSpare || i < n) stream(out + i * to.stride, value(i));
   } else {
 #pragma GCC unroll 64
     for (int i = 0; i < A; ++i)
-      if (i < A - 1 || n == A) store(out + i * to.stride, value(i));
+      if (i < A - kSpare || i < n) store(out + i * to.stride, value(i));
   }
 }
-template <int A>
-RK_INLINE void emit(const TileOut& to, const Vec (&values)[A], int64_t row = 0) {
-  float* const out = to.out + row * to.row_stride;
-  const float* const residual = to.residual ? to.residual + row * to.row_stride : nullptr;
-  if (to.copy) {
+template <int kSpare = 1, int A, class T>
+RK_INLINE void emit(const TileOutOf<T>& to, const Vec (&values)[A], int64_t row = 0) {
+  if (to.values) {
 #pragma GCC unroll 64
-    for (int i = 0; i < A; ++i) store(to.copy + (row * kTileColumns + i) * kLanes, values[i]);
+    for (int i = 0; i < A; ++i) store(to.values + (row * kTileColumns + i) * kLanes, values[i]);
   }
-  const auto added = [&](int i) RK_INLINE_LAMBDA { return values[i] + load(residual + i * to.stride); };
-  if (!to.scale && residual) return emit_each<A>(to, out, added);
-  if (!to.scale) return emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA { return values[i]; });
+  if (!to.out) return;
+  T* const out = to.out + row * to.row_stride;
+  const T* const residual = to.residual ? to.residual + row * to.row_stride : nullptr;
+  const auto emit_all = [&](auto value) RK_INLINE_LAMBDA { emit_each<kSpare, A>(to, out, value); };
+  if (!to.scale && residual)
+    return emit_all([&](int i) RK_INLINE_LAMBDA { return values[i] + load(residual + i * to.stride); });
+  if (!to.scale) return emit_all([&](int i) RK_INLINE_LAMBDA { return values[i]; });
   const Vec scale = load(to.scale), shift = load(to.shift);
   if (residual)
-    emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA {
-      return relu(values[i] * scale + shift + load(residual + i * to.stride));
-    });
+    emit_all([&](int i) RK_INLINE_LAMBDA { return relu(values[i] * scale + shift + load(residual + i * to.stride)); });
   else
-    emit_each<A>(to, out, [&](int i) RK_INLINE_LAMBDA { return relu(values[i] * scale + shift); });
+    emit_all([&](int i) RK_INLINE_LAMBDA { return relu(values[i] * scale + shift); });
 }
 
 // One row of input that a row of output reads: the first column of the tile and the three weights of its ky.
