@@ -716,7 +716,16 @@ void conv_stats(const ConvProblem& p, const void* x, const void* weight, Affine 
 }
 
 // ---- backward for weight
-// acc[i][kx] += a[p + kx, ci + i] * dz[p] over the pixels p of a unit, for one block, ky and I input channels.
+// Sums over the pixels p of a unit, for one block and ky. Of the two operands one is a vector of channels and the other
+// one channel in all lanes of its group: as a rule of a, from memory,
+//
+//     dweight[ci][ky][kx][lane of k] += a[p + kx, ci] * dz[p, lane],
+//
+// but where square groups share a vector, of dz, whose permutation serves the three kx:
+//
+//     dweight[k][ky][kx][lane of ci] += a[p + kx, lane] * dz[p, k]
+inline bool spreads_gradient(const Blocks& blocks) { return blocks.groups_per_block > 1 && blocks.din == blocks.dout; }
+
 struct WeightTileArgs {
   const float* input;                            // staged a, at the row of ky and the first pixel's column of kx = 0
   const float* gradient;                         // staged dz, at the first pixel
@@ -725,31 +734,44 @@ struct WeightTileArgs {
   int64_t rows, columns;
 };
 
-// Input channels ci + kFrom ... ci + kFrom + I - 1.
-template <Access X, int I, int kFrom = 0>
-void weight_tile(const WeightTileArgs& args, int64_t ci, const IVec* index, float* dweight) {
+// Channels c + kFrom ... c + kFrom + I - 1 of the operand that is spread.
+template <Access X, bool kSpreadGradient, int I, int kFrom = 0>
+void weight_tile(const WeightTileArgs& args, int64_t c, const IVec* index, float* dweight) {
   Vec acc[I][3] = {};
   IVec lanes[I] = {};
   if (X == Access::lanes)
-    for (int i = 0; i < I; ++i) lanes[i] = index[ci + i];
+    for (int i = 0; i < I; ++i) lanes[i] = index[c + i];
 
   for (int64_t row = 0; row < args.rows; ++row) {
-    const float* input = args.input + row * args.input_line + (X == Access::broadcast ? ci : 0);
+    const float* input = args.input + row * args.input_line + (X == Access::broadcast ? c : 0);
     const float* gradient = args.gradient + row * args.gradient_line;
     for (int64_t column = 0; column < args.columns; ++column) {
-      const Vec dz = load(gradient);
+      if constexpr (kSpreadGradient) {
+        Vec a[3];
 #pragma GCC unroll 3
-      for (int kx = 0; kx < 3; ++kx) {
-        const float* pixel = fresh(input + kx * args.input_shift);
-        const SpreadInput<X, kFrom> value(pixel);
+        for (int kx = 0; kx < 3; ++kx) a[kx] = in_register(load(input + kx * args.input_shift));
+        const SpreadInput<X, kFrom> dz(gradient);
 #pragma GCC unroll 8
-        for (int i = 0; i < I; ++i) acc[i][kx] += value.at(i, lanes[i]) * dz;
+        for (int i = 0; i < I; ++i) {
+          const Vec value = dz.at(i, lanes[i]);
+#pragma GCC unroll 3
+          for (int kx = 0; kx < 3; ++kx) acc[i][kx] += a[kx] * value;
+        }
+      } else {
+        const Vec dz = load(gradient);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) {
+          const float* pixel = fresh(input + kx * args.input_shift);
+          const SpreadInput<X, kFrom> value(pixel);
+#pragma GCC unroll 8
+          for (int i = 0; i < I; ++i) acc[i][kx] += value.at(i, lanes[i]) * dz;
+        }
       }
       input += args.input_pixel;
       gradient += args.gradient_pixel;
     }
   }
-  dweight += (ci + kFrom) * 9 * kLanes;
+  dweight += (c + kFrom) * 9 * kLanes;
 #pragma GCC unroll 8
   for (int i = 0; i < I; ++i, dweight += 9 * kLanes) {
 #pragma GCC unroll 3
@@ -757,27 +779,28 @@ void weight_tile(const WeightTileArgs& args, int64_t ci, const IVec* index, floa
   }
 }
 
-template <Access X, int I>
-void weight_tiles(const WeightTileArgs& args, int64_t ci, int64_t din, const IVec* index, float* dweight) {
+template <Access X, bool kSpreadGradient, int I>
+void weight_tiles(const WeightTileArgs& args, int64_t c, int64_t din, const IVec* index, float* dweight) {
   if constexpr (X == Access::octets) {
-    weight_tile<X, 4>(args, 0, index, dweight);
-    weight_tile<X, 4, 4>(args, 0, index, dweight);
+    weight_tile<X, kSpreadGradient, 4>(args, 0, index, dweight);
+    weight_tile<X, kSpreadGradient, 4, 4>(args, 0, index, dweight);
   } else if constexpr (X == Access::quads) {
-    weight_tile<X, 4>(args, 0, index, dweight);
+    weight_tile<X, kSpreadGradient, 4>(args, 0, index, dweight);
   } else {
-    for (; ci + I <= din; ci += I) weight_tile<X, I>(args, ci, index, dweight);
+    for (; c + I <= din; c += I) weight_tile<X, kSpreadGradient, I>(args, c, index, dweight);
     if constexpr (I > 1)
-      if (ci < din) weight_tiles<X, I / 2>(args, ci, din, index, dweight);
+      if (c < din) weight_tiles<X, kSpreadGradient, I / 2>(args, c, din, index, dweight);
   }
 }
 
 // dweight of a chunk, packed as the weights are, from one unit.
 inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int64_t groups, const Window& window,
                                 const Staged& input, const Staged& gradient, const IVec* index, float* dweight) {
-  const auto tiles = blocks.access() == Access::broadcast ? weight_tiles<Access::broadcast, kWeightInputs>
-                     : blocks.access() == Access::quads   ? weight_tiles<Access::quads, kWeightInputs>
-                     : blocks.access() == Access::octets  ? weight_tiles<Access::octets, kWeightInputs>
-                                                          : weight_tiles<Access::lanes, kWeightInputs>;
+  const auto tiles = blocks.access() == Access::broadcast ? weight_tiles<Access::broadcast, false, kWeightInputs>
+                     : blocks.access() == Access::quads   ? weight_tiles<Access::quads, true, kWeightInputs>
+                     : blocks.access() == Access::octets  ? weight_tiles<Access::octets, true, kWeightInputs>
+                     : spreads_gradient(blocks)           ? weight_tiles<Access::lanes, true, kWeightInputs>
+                                                          : weight_tiles<Access::lanes, false, kWeightInputs>;
   // A few rows at a time, a cache line of a and one of dz per pixel, stay in the first-level cache for all blocks.
   const int64_t step = max(1, kWeightTileFloats / ((window.columns * p.stride + window.columns) * 16));
   for (int64_t begin = window.row; begin < window.row + window.rows; begin += step) {
@@ -826,6 +849,21 @@ void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, Access ac
     }
     const Block block = blocks.block(b, groups);
     T* const to = dweight + (group * p.dout() + block.out) * row;
+    if (!pairs && spreads_gradient(blocks)) {  // lanes are input channels
+      alignas(64) float values[9 * kLanes * kLanes];
+      for (int lane = 0; lane < block.lanes; ++lane) {
+        const float* const from = packed + lane % din * 9 * kLanes + lane / din * din;
+        for (int64_t tap = 0; tap < 9; ++tap)
+          for (int64_t ci = 0; ci < din; ++ci)
+            values[p.weight_channels_last ? tap * din + ci : ci * 9 + tap] = from[tap * kLanes + ci];
+        for (int64_t j = 0; j < row; j += kLanes) {
+          const int64_t n = min(kLanes, row - j);
+          T* const at = to + lane * row + j;
+          n == kLanes ? store(at, load(values + j)) : store_partial(at, load(values + j), (int)n);
+        }
+      }
+      continue;
+    }
     for (int64_t j = 0; j < row; j += kLanes) {  // of a lane's row of the weight
       const int64_t n = min(kLanes, row - j);
       Vec rows[kLanes] = {};
