@@ -1,8 +1,8 @@
 // How a grouped convolution is cut into work for one instruction set: vectors of channels, chunks, units, items.
 //
-// Work is cut into chunks (whole groups, about kChunkChannels channels, or part of a wide group's output channels) x
-// units (an image's band of pixels). Items, runs of units of one chunk, are what threads take; what an item computes
-// does not depend on the thread.
+// Work is cut into chunks (whole groups, kChunkChannels or kStagedChannels channels, or part of a wide group's output
+// channels) x units (an image's band of pixels). Items, runs of units of one chunk, are what threads take; what an item
+// computes does not depend on the thread.
 #pragma once
 
 #include <omp.h>
@@ -17,6 +17,7 @@ namespace resnext_kernels::cpu::RK_ISA {
 
 // ---- configuration
 constexpr int64_t kChunkChannels = 128;        // wide pieces of a pixel touch few memory pages at a time
+constexpr int64_t kStagedChannels = 256;       // where a unit is staged first: nothing else reads memory meanwhile
 constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this, or one group
 constexpr int64_t kPartWeights = 64 * 1024;    // of one group's weights, if it is cut: 3 MiB with Winograd's products
 constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
@@ -96,7 +97,8 @@ struct Plan {
   Plan(const ConvProblem& p, int num_threads, int staged, bool cut_columns, bool cut_groups = false) {
     const int64_t width = max(p.din(), p.dout());
     const int64_t step = Blocks(p.din(), p.dout()).groups_per_block;
-    chunk_groups = min(p.groups, round_up(max(1, min(kChunkChannels, kChunkWeights / width) / width), step));
+    const int64_t channels = min(staged ? kStagedChannels : kChunkChannels, kChunkWeights / width);
+    chunk_groups = min(p.groups, round_up(max(1, channels / width), step));
     const bool cut = cut_groups && chunk_groups == 1 && p.din() >= kLanes;
     chunk_outputs = cut ? max(2 * kLanes, kPartWeights / p.din()) : p.dout();
     chunk_outputs = min(p.dout(), round_up(ceil_div(p.dout(), ceil_div(p.dout(), chunk_outputs)), 2 * kLanes));
