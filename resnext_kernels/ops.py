@@ -350,7 +350,10 @@ def _bn_vectors(
 
 
 def update_running(vectors: Tensor, mean: Tensor, var: Tensor, momentum: float) -> bool:
-    """Update running statistics with those of a batch in one call; False where it takes ATen."""
+    """Update running statistics with those of a batch, whichever backend took them, in one call.
+
+    False where it takes ATen.
+    """
     return (
         not torch.compiler.is_compiling()
         and _is_ordinary((vectors, mean, var))

@@ -490,7 +490,9 @@ def test_running_statistics_change_in_place(target: Target) -> None:
     with torch.inference_mode():
         of_inference = inputs.running_mean.clone(), inputs.running_var.clone()
         op(*of_inference)
-        assert torch.equal(torch.stack(of_inference), rows)
+        torch.testing.assert_close(torch.stack(of_inference), rows)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        op(*of_inference)
 
     leaf = inputs.running_mean.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):

@@ -8,7 +8,7 @@
 //
 // A thread copies a unit's input (plan.h) into its own scratch memory first, which is where everything that belongs to
 // loading happens once per element: conversion to float32, the prologue, dBN and dReLU, and the zeros around the image.
-// The scratch is sized for the second-level cache. Packed weights, per block of one vector of output channels:
+// The scratch is to stay in the second-level cache. Packed weights, per block of one vector of output channels:
 //
 //     [block][ci][ky][kx][lane]
 //
@@ -28,7 +28,7 @@ namespace resnext_kernels::cpu::RK_ISA {
 // ---- configuration
 constexpr int64_t kLongRow = 14;                 // from here on a row's work hides reading the chunk's weights anew
 constexpr int64_t kWeightTileFloats = 4 * 1024;  // 16 KiB of a and dz, half of the first-level cache
-constexpr int kWeightInputs = kRegisters == 16 ? 4 : 8;  // input channels of a dweight tile, 3 accumulators each
+constexpr int kWeightInputs = kRegisters == 16 ? 4 : 8;  // channels of a dweight tile, 3 accumulators each
 
 // ---- staging: a window of a chunk's channels as float32, or pairs of bfloat16, [row][column][channel]
 struct Staged {
@@ -716,12 +716,12 @@ void conv_stats(const ConvProblem& p, const void* x, const void* weight, Affine 
 }
 
 // ---- backward for weight
-// Sums over the pixels p of a unit, for one block and ky. Of the two operands one is a vector of channels and the other
-// one channel in all lanes of its group: as a rule of a, from memory,
+// Sums over the pixels p of a unit, for one block and ky. Of the two operands one is a vector of channels, the other
+// one channel in all lanes of its group, as a rule of a:
 //
-//     dweight[ci][ky][kx][lane of k] += a[p + kx, ci] * dz[p, lane],
+//     dweight[ci][ky][kx][lane of k] += a[p + kx, ci] * dz[p, lane]
 //
-// but where square groups share a vector, of dz, whose permutation serves the three kx:
+// Where square groups share a vector that takes a permutation, and one of dz serves three kx:
 //
 //     dweight[k][ky][kx][lane of ci] += a[p + kx, lane] * dz[p, k]
 inline bool spreads_gradient(const Blocks& blocks) { return blocks.groups_per_block > 1 && blocks.din == blocks.dout; }
@@ -747,15 +747,13 @@ void weight_tile(const WeightTileArgs& args, int64_t c, const IVec* index, float
     const float* gradient = args.gradient + row * args.gradient_line;
     for (int64_t column = 0; column < args.columns; ++column) {
       if constexpr (kSpreadGradient) {
-        Vec a[3];
-#pragma GCC unroll 3
-        for (int kx = 0; kx < 3; ++kx) a[kx] = in_register(load(input + kx * args.input_shift));
         const SpreadInput<X, kFrom> dz(gradient);
 #pragma GCC unroll 8
         for (int i = 0; i < I; ++i) {
           const Vec value = dz.at(i, lanes[i]);
+          const float* const a = kRegisters > 16 ? input : fresh(input);  // a in registers, if there are any left
 #pragma GCC unroll 3
-          for (int kx = 0; kx < 3; ++kx) acc[i][kx] += a[kx] * value;
+          for (int kx = 0; kx < 3; ++kx) acc[i][kx] += load(a + kx * args.input_shift) * value;
         }
       } else {
         const Vec dz = load(gradient);
@@ -780,26 +778,26 @@ void weight_tile(const WeightTileArgs& args, int64_t c, const IVec* index, float
 }
 
 template <Access X, bool kSpreadGradient, int I>
-void weight_tiles(const WeightTileArgs& args, int64_t c, int64_t din, const IVec* index, float* dweight) {
+void weight_tiles(const WeightTileArgs& args, int64_t c, int64_t channels, const IVec* index, float* dweight) {
   if constexpr (X == Access::octets) {
     weight_tile<X, kSpreadGradient, 4>(args, 0, index, dweight);
     weight_tile<X, kSpreadGradient, 4, 4>(args, 0, index, dweight);
   } else if constexpr (X == Access::quads) {
     weight_tile<X, kSpreadGradient, 4>(args, 0, index, dweight);
   } else {
-    for (; c + I <= din; c += I) weight_tile<X, kSpreadGradient, I>(args, c, index, dweight);
+    for (; c + I <= channels; c += I) weight_tile<X, kSpreadGradient, I>(args, c, index, dweight);
     if constexpr (I > 1)
-      if (c < din) weight_tiles<X, kSpreadGradient, I / 2>(args, c, din, index, dweight);
+      if (c < channels) weight_tiles<X, kSpreadGradient, I / 2>(args, c, channels, index, dweight);
   }
 }
 
-// dweight of a chunk, packed as the weights are, from one unit.
+// dweight of a chunk, packed as the weights are, or the transposed weights where dz is spread, from one unit.
 inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int64_t groups, const Window& window,
                                 const Staged& input, const Staged& gradient, const IVec* index, float* dweight) {
   const auto tiles = blocks.access() == Access::broadcast ? weight_tiles<Access::broadcast, false, kWeightInputs>
                      : blocks.access() == Access::quads   ? weight_tiles<Access::quads, true, kWeightInputs>
                      : blocks.access() == Access::octets  ? weight_tiles<Access::octets, true, kWeightInputs>
-                     : spreads_gradient(blocks)           ? weight_tiles<Access::lanes, true, kWeightInputs>
+                     : spreads_gradient(blocks)           ? weight_tiles<Access::lanes, true, kWeightInputs / 2>
                                                           : weight_tiles<Access::lanes, false, kWeightInputs>;
   // A few rows at a time, a cache line of a and one of dz per pixel, stay in the first-level cache for all blocks.
   const int64_t step = max(1, kWeightTileFloats / ((window.columns * p.stride + window.columns) * 16));
@@ -829,55 +827,51 @@ inline void add_weight_gradient(const ConvProblem& p, const Blocks& blocks, int6
   }
 }
 
-// Sums the splits' packed dweight of a chunk, in place, and writes it as the weight lies; of Winograd's M if `pairs`.
+// Sums the splits' packed dweight of a chunk's block, in place, and writes it as the weight lies; of Winograd's M if
+// `pairs`.
 template <class T>
 void write_weight_gradient(const ConvProblem& p, const Blocks& blocks, Access access, bool pairs, const Plan& plan,
-                           int64_t chunk, float* packed, int64_t split_floats, T* dweight) {
+                           int64_t chunk, int64_t b, float* packed, int64_t split_floats, T* dweight) {
   const int64_t group = chunk * plan.chunk_groups, groups = plan.groups(p, chunk), din = p.din(), row = 9 * din;
+  if (b >= blocks.count(groups)) return;
   const int64_t vectors = pairs ? 4 : 3;  // of a row of taps
   const int interleave = interleaved_groups(access);
   const IVec order = side_by_side(interleave, blocks.dout);
-  for (int64_t b = 0; b < blocks.count(groups); ++b, packed += 3 * din * vectors * kLanes) {
-    for (int64_t i = 0; i < 3 * din; ++i) {
-      float* const taps = packed + i * vectors * kLanes;
-      Vec sums[4] = {};
-      for (int64_t split = 0; split < plan.splits; ++split)
-        for (int64_t v = 0; v < vectors; ++v) sums[v] += load(taps + split * split_floats + v * kLanes);
-      if (pairs) weight_gradient_of_pairs(sums);
-      for (int64_t kx = 0; kx < 3; ++kx)
-        store(taps + kx * kLanes, interleave > 1 ? permute(sums[kx], order) : sums[kx]);
+  packed += b * 3 * din * vectors * kLanes;
+  for (int64_t i = 0; i < 3 * din; ++i) {
+    float* const taps = packed + i * vectors * kLanes;
+    Vec sums[4] = {};
+    for (int64_t split = 0; split < plan.splits; ++split)
+      for (int64_t v = 0; v < vectors; ++v) sums[v] += load(taps + split * split_floats + v * kLanes);
+    if (pairs) weight_gradient_of_pairs(sums);
+    for (int64_t kx = 0; kx < 3; ++kx) store(taps + kx * kLanes, interleave > 1 ? permute(sums[kx], order) : sums[kx]);
+  }
+  const Block block = blocks.block(b, groups);
+  T* const to = dweight + (group * p.dout() + block.out) * row;
+  const auto write_row = [&](int lane, int64_t j, Vec values) {  // of the weight of output channel `lane`
+    T* const at = to + lane * row + j;
+    row - j >= kLanes ? store(at, values) : store_partial(at, values, (int)(row - j));
+  };
+  if (!pairs && spreads_gradient(blocks)) {  // lanes are input channels
+    alignas(64) float values[9 * kLanes];
+    for (int lane = 0; lane < block.lanes; ++lane) {
+      const float* const from = packed + lane % din * 9 * kLanes + lane / din * din;
+      for (int64_t tap = 0; tap < 9; ++tap)
+        for (int64_t ci = 0; ci < din; ++ci)
+          values[p.weight_channels_last ? tap * din + ci : ci * 9 + tap] = from[tap * kLanes + ci];
+      for (int64_t j = 0; j < row; j += kLanes) write_row(lane, j, load(values + j));
     }
-    const Block block = blocks.block(b, groups);
-    T* const to = dweight + (group * p.dout() + block.out) * row;
-    if (!pairs && spreads_gradient(blocks)) {  // lanes are input channels
-      alignas(64) float values[9 * kLanes * kLanes];
-      for (int lane = 0; lane < block.lanes; ++lane) {
-        const float* const from = packed + lane % din * 9 * kLanes + lane / din * din;
-        for (int64_t tap = 0; tap < 9; ++tap)
-          for (int64_t ci = 0; ci < din; ++ci)
-            values[p.weight_channels_last ? tap * din + ci : ci * 9 + tap] = from[tap * kLanes + ci];
-        for (int64_t j = 0; j < row; j += kLanes) {
-          const int64_t n = min(kLanes, row - j);
-          T* const at = to + lane * row + j;
-          n == kLanes ? store(at, load(values + j)) : store_partial(at, load(values + j), (int)n);
-        }
-      }
-      continue;
+    return;
+  }
+  for (int64_t j = 0; j < row; j += kLanes) {
+    Vec rows[kLanes] = {};
+    for (int64_t i = 0; i < min(kLanes, row - j); ++i) {
+      const int64_t ci = p.weight_channels_last ? (j + i) % din : (j + i) / 9;
+      const int64_t tap = p.weight_channels_last ? (j + i) / din : (j + i) % 9, ky = tap / 3;
+      rows[i] = load(packed + ((pairs ? ky * din + ci : ci * 3 + ky) * vectors + tap % 3) * kLanes);
     }
-    for (int64_t j = 0; j < row; j += kLanes) {  // of a lane's row of the weight
-      const int64_t n = min(kLanes, row - j);
-      Vec rows[kLanes] = {};
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t ci = p.weight_channels_last ? (j + i) % din : (j + i) / 9;
-        const int64_t tap = p.weight_channels_last ? (j + i) / din : (j + i) % 9, ky = tap / 3;
-        rows[i] = load(packed + ((pairs ? ky * din + ci : ci * 3 + ky) * vectors + tap % 3) * kLanes);
-      }
-      transpose(rows);
-      for (int lane = 0; lane < block.lanes; ++lane) {
-        T* const at = to + lane * row + j;
-        n == kLanes ? store(at, rows[lane]) : store_partial(at, rows[lane], (int)n);
-      }
-    }
+    transpose(rows);
+    for (int lane = 0; lane < block.lanes; ++lane) write_row(lane, j, rows[lane]);
   }
 }
 
@@ -1083,10 +1077,11 @@ bool conv_backward(const ConvProblem& p, const ReluBNGradient& gradient, const v
       });
   if (!dweight || !finite) return finite;
 
-#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1 && plan.chunks > 1)
-  for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
-    write_weight_gradient(p, forward, access_of(forward, winograd), winograd || narrow, plan, chunk,
-                          scratch.shared + chunk * dweight_floats, split_floats, (T*)dweight);
+  const int64_t count = forward.count(plan.chunk_groups), blocks = plan.chunks * count;
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1 && blocks > 1)
+  for (int64_t block = 0; block < blocks; ++block)
+    write_weight_gradient(p, forward, access_of(forward, winograd), winograd || narrow, plan, block / count,
+                          block % count, scratch.shared + block / count * dweight_floats, split_floats, (T*)dweight);
   return true;
 }
 

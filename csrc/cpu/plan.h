@@ -16,11 +16,13 @@
 namespace resnext_kernels::cpu::RK_ISA {
 
 // ---- configuration
-constexpr int64_t kChunkChannels = 128;        // wide pieces of a pixel touch few memory pages at a time
-constexpr int64_t kStagedChannels = 256;       // where a unit is staged first: nothing else reads memory meanwhile
+constexpr int64_t kChunkChannels = 128;  // wide pieces of a pixel touch few memory pages at a time
+// Where a unit is staged first, and nothing else reads memory meanwhile; processors without AVX-512 have smaller
+// caches.
+constexpr int64_t kStagedChannels = kLanes == 16 ? 256 : kChunkChannels;
 constexpr int64_t kChunkWeights = 2048;        // but channels * channels per group no more than this, or one group
 constexpr int64_t kPartWeights = 64 * 1024;    // of one group's weights, if it is cut: 3 MiB with Winograd's products
-constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, a third of the smallest second-level cache in use
+constexpr int64_t kScratchFloats = 40 * 1024;  // 160 KiB, if that is kFewestRows
 constexpr int64_t kBandColumns = 64;           // of a unit, at most
 constexpr int64_t kFewestRows = 4, kFewestColumns = 8;  // of a unit
 
@@ -97,7 +99,8 @@ struct Plan {
   Plan(const ConvProblem& p, int num_threads, int staged, bool cut_columns, bool cut_groups = false) {
     const int64_t width = max(p.din(), p.dout());
     const int64_t step = Blocks(p.din(), p.dout()).groups_per_block;
-    const int64_t channels = min(staged ? kStagedChannels : kChunkChannels, kChunkWeights / width);
+    const bool enough = p.N * ceil_div(p.out_h(), kFewestRows) >= 2 * num_threads;  // units for whole pixels
+    const int64_t channels = min(staged && enough ? kStagedChannels : kChunkChannels, kChunkWeights / width);
     chunk_groups = min(p.groups, round_up(max(1, channels / width), step));
     const bool cut = cut_groups && chunk_groups == 1 && p.din() >= kLanes;
     chunk_outputs = cut ? max(2 * kLanes, kPartWeights / p.din()) : p.dout();

@@ -13,6 +13,8 @@
 //     q = 0 1 2 3 4 ...    acc[q - kx] += w[kx] * a[q]
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace resnext_kernels::cpu::RK_ISA {
@@ -62,7 +64,7 @@ using TileOut = TileOutOf<float>;
 template <int kSpare, int A, class T, class F>
 RK_INLINE void emit_each(const TileOutOf<T>& to, T* out, F&& value) {
   const int n = (int)(to.count < A ? to.count : A);
-  if (to.past_cache) {
+  if (std::is_same<T, float>::value && to.past_cache) {
 #pragma GCC unroll 64
     for (int i = 0; i < A; ++i)
       if (i < A - kSpare || i < n) stream(out + i * to.stride, value(i));
@@ -112,7 +114,7 @@ RK_INLINE T fresh(T value) {
   return value;
 }
 
-// A pixel's value for several input channels in turn, kFrom first: read once, then permuted in a register.
+// A pixel's value for several channels in turn, kFrom first: read once, then permuted in a register.
 template <Access X, int kFrom>
 struct SpreadInput {
   const float* pixel;

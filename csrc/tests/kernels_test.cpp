@@ -924,6 +924,9 @@ vector<ConvProblem> problems() {
     list.push_back({1, 3, 131, 16, 16, 2, 1, 1, dtype});
     list.push_back({1, 5, 133, 16, 16, 4, 2, 1, dtype});
     list.push_back({1, 4, 71, 16, 16, 4, 1, 2, dtype});
+    list.push_back({2, 8, 9, 280, 280, 70, 2, 1, dtype});  // more channels than are staged at a time
+    list.push_back({1, 17, 9, 264, 264, 33, 2, 1, dtype});
+    list.push_back({1, 9, 5, 270, 270, 90, 1, 2, dtype});
   }
   for (size_t i = 0; i < list.size(); ++i) list[i].weight_channels_last = i % 5 < 2;
   return list;

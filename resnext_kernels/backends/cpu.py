@@ -605,14 +605,17 @@ def bn_vectors(
 
 
 def update_running(vectors: Tensor, mean: Tensor, var: Tensor, momentum: float) -> bool:
-    """running = (1 - momentum) * running + momentum * batch, in place, as ATen would leave them.
+    """running = (1 - momentum) * running + momentum * batch, in place, as autograd is told.
 
-    False, with nothing done, for tensors that are not for the compiled library.
+    False, with nothing done, for tensors that are not for the compiled library, or are for ATen to
+    refuse.
     """
     if _MISSING is not None or not vectors.is_cpu:
         return False
     for t in (vectors, mean, var):
-        if t.dtype is not torch.float32 or t.requires_grad or not t.is_contiguous():
+        if t.dtype is not torch.float32 or not t.is_contiguous():
+            return False
+        if t.requires_grad or t.is_inference():
             return False
     _C.update_running(mean.shape[0], vectors.data_ptr(), momentum, mean.data_ptr(), var.data_ptr())
     increment_version(mean)
